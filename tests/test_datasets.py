@@ -1,0 +1,348 @@
+"""Datasets in memory: what they hold, how they are cut into pieces, how batches are augmented."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dinv import datasets
+from dinv.datasets import DATASETS, Dataset, augment, load_dataset, to_rgb
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def numbered(n=60, classes=10, shape=(1, 4, 5)):
+    """n images, each filled with its own number; labels 0, 1, ..., 0, 1, ..."""
+    images = torch.arange(n, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, *shape).contiguous()
+    names = tuple(f"class{i}" for i in range(classes))
+    return Dataset("numbered", "train", images, torch.arange(n) % classes, names)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", "train")
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize(("split", "n"), [("train", 1437), ("test", 360)])
+def test_digits(split, n):
+    data = load_dataset("digits", split)
+    assert data.images.shape == (n, 1, 8, 8)
+    assert (data.name, data.split, len(data)) == ("digits", split, n)
+    assert (data.images.min(), data.images.max()) == (0, 255)
+    counts = data.labels.bincount()
+    share = n / 1797 * torch.tensor([178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
+    assert (counts - share).abs().max() < 1  # stratified as finely as whole images allow
+
+
+def test_digits_splits_are_the_whole_and_do_not_overlap(digits):
+    both = torch.cat([digits.images, load_dataset("digits", "test").images])
+    assert len(both.flatten(1).unique(dim=0)) == 1797
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown dataset 'CIFAR-10'.*mean 'cifar10'.*mnist"):
+        load_dataset("CIFAR-10", "train")
+    with pytest.raises(ValueError, match="unknown dataset 'svhn'. There are: cifar10, mnist, dig"):
+        load_dataset("svhn", "train")
+    with pytest.raises(ValueError, match="unknown split 'tets'.*mean 'test'"):
+        load_dataset("digits", "tets")
+
+
+def test_data_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("DINV_DATA", str(tmp_path))
+    assert datasets.data_root() == tmp_path
+    monkeypatch.delenv("DINV_DATA")
+    assert datasets.data_root().name == "data"
+
+
+# ---- a dataset
+
+
+def test_wrong_tensors_are_refused():
+    good = numbered()
+    with pytest.raises(ValueError, match=r"uint8 \(N, C, H, W\), not float32 \(60, 1, 4, 5\)"):
+        Dataset("x", "train", good.images.float(), good.labels, good.classes)
+    with pytest.raises(ValueError, match=r"int64 \(60,\), one for each image, not int64 \(59,\)"):
+        Dataset("x", "train", good.images, good.labels[1:], good.classes)
+
+
+def test_repr_is_short(digits):
+    assert repr(digits) == "Dataset(digits train: 1437 images 1x8x8 on cpu)"
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [5, 3, 59],
+        torch.tensor([5, 3, 59]),
+        np.array([5, 3, 59]),
+        (torch.arange(60) == 3) | (torch.arange(60) == 7),
+        slice(2, 9, 3),
+        [],
+    ],
+)
+def test_take(indices):
+    data = numbered()
+    taken = data.take(indices)
+    expected = torch.arange(60)[indices].tolist()
+    assert taken.images[:, 0, 0, 0].tolist() == expected
+    assert taken.labels.tolist() == [i % 10 for i in expected]
+    assert taken.images.shape[1:] == data.images.shape[1:]
+    assert taken.classes == data.classes
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 60], r"from 0 to 60, but numbered train has 60 images \(0 to 59\)"),
+        ([-1], "from -1 to -1"),
+        ([0.5], r"must be integers \(n,\), not float32"),
+        ([[1, 2]], r"must be integers \(n,\), not int64 \(1, 2\)"),
+        ([True, False], r"a mask of 60 is needed, not bool \(2,\)"),
+    ],
+)
+def test_take_refuses(indices, message):
+    for use in (Dataset.take, Dataset.float):
+        with pytest.raises(IndexError, match=message):
+            use(numbered(), indices)
+
+
+def test_of_classes():
+    data = numbered()
+    some = data.of_classes([7, "class2"])
+    assert some.images[:, 0, 0, 0].tolist() == [2, 7, 12, 17, 22, 27, 32, 37, 42, 47, 52, 57]
+    assert set(some.labels.tolist()) == {2, 7}
+    assert some.classes == data.classes
+    with pytest.raises(ValueError, match="class 10 does not exist.*0 to 9"):
+        data.of_classes([10])
+    with pytest.raises(ValueError, match="unknown class 'clas3'.*mean 'class3'"):
+        data.of_classes(["clas3"])
+    with pytest.raises(ValueError, match="no class was given"):
+        data.of_classes([])
+
+
+def test_per_class(digits):
+    assert numbered().per_class(2).images[:, 0, 0, 0].tolist() == list(range(20))
+    some = digits.per_class(14, generator(1))
+    assert some.labels.bincount().tolist() == [14] * 10
+    assert torch.equal(some.images, digits.per_class(14, generator(1)).images)
+    assert not torch.equal(some.images, digits.per_class(14, generator(2)).images)
+    assert numbered().of_classes([3, 4]).per_class(1).labels.tolist() == [3, 4]
+    with pytest.raises(ValueError, match="7 images of every class.*only 6 of class class0"):
+        numbered().per_class(7)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        numbered().per_class(0)
+
+
+def test_float(digits):
+    everything = digits.float()
+    assert everything.dtype == torch.float32
+    assert (everything.min(), everything.max()) == (0, 1)
+    assert torch.equal((everything * 255).round().to(torch.uint8), digits.images)
+    assert torch.equal(digits.float([3, 1]), everything[[3, 1]])
+    assert torch.equal(digits.float(slice(4)), everything[:4])
+    assert digits.images.max() == 255  # left as they were
+
+
+def test_to():
+    moved = numbered().to("meta")
+    assert moved.device.type == moved.labels.device.type == "meta"
+    assert moved.take([1, 2]).images.shape == (2, 1, 4, 5)
+
+
+def test_batches_in_order():
+    data = numbered(10)
+    batches = list(data.batches(4))
+    assert [len(images) for images, _ in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([images for images, _ in batches]), data.images)
+    assert torch.equal(torch.cat([labels for _, labels in batches]), data.labels)
+    assert [len(images) for images, _ in data.batches(4, drop_last=True)] == [4, 4]
+    assert [len(images) for images, _ in data.batches(5, drop_last=True)] == [5, 5]
+
+
+def test_shuffled_batches():
+    data = numbered()
+
+    def epoch(source):
+        batches = list(data.batches(16, source))
+        for images, labels in batches:
+            assert torch.equal(images[:, 0, 0, 0] % 10, labels)
+        return torch.cat([images[:, 0, 0, 0] for images, _ in batches]).tolist()
+
+    source = generator()
+    first, second = epoch(source), epoch(source)
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert first != second
+    assert first == epoch(generator())
+    # The draw is made at the call, not when the loop begins.
+    source = generator()
+    early, late = data.batches(60, source), data.batches(60, source)
+    assert next(late)[0][:, 0, 0, 0].tolist() == second
+    assert next(early)[0][:, 0, 0, 0].tolist() == first
+
+
+def test_batches_refuse_before_the_loop():
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        numbered().batches(0)
+    with pytest.raises(ValueError, match="batches of 64 leaves nothing of 60 images"):
+        numbered().batches(64, drop_last=True)
+
+
+def test_to_rgb(digits):
+    colour = to_rgb(digits.take(slice(5)))
+    assert colour.images.shape == (5, 3, 32, 32)
+    assert colour.images.dtype == torch.uint8
+    assert torch.equal(colour.images[:, 0], colour.images[:, 2])
+    expected = torch.nn.functional.interpolate(
+        digits.images[:5].double(), (32, 32), mode="bilinear", align_corners=False
+    )
+    assert (colour.images[:, :1] - expected).abs().max() <= 0.5 + 1e-4
+    same = numbered(shape=(3, 32, 32))
+    assert torch.equal(to_rgb(same).images, same.images)
+    assert to_rgb(same, 16).images[41].unique().tolist() == [41]
+    assert len(to_rgb(digits.take([]), 16)) == 0
+    with pytest.raises(ValueError, match="1 or 3 channels, not 2"):
+        to_rgb(numbered(shape=(2, 4, 4)))
+
+
+# ---- augmentation
+
+
+def one_by_one(images, source, pad, flip):
+    """The reference: pad, crop and flip image by image, from the same draws."""
+    dy, dx = torch.randint(-pad, pad + 1, (2, len(images), 1), generator=source).squeeze(2).tolist()
+    mirrored = [0] * len(images)
+    if flip:
+        mirrored = torch.randint(2, (len(images), 1), generator=source).squeeze(1).tolist()
+    height, width = images.shape[2:]
+    result = []
+    for i, image in enumerate(images.numpy()):
+        padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
+        top, left = pad + dy[i], pad + dx[i]
+        crop = padded[:, top : top + height, left : left + width]
+        result.append(crop[:, :, ::-1] if mirrored[i] else crop)
+    return torch.from_numpy(np.stack(result))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "pad", "flip"),
+    [
+        ((64, 3, 32, 32), 4, True),
+        ((64, 3, 32, 32), 4, False),
+        ((9, 1, 28, 28), 2, True),
+        ((32, 2, 5, 9), 4, True),
+        ((16, 3, 8, 8), 0, True),
+        ((0, 3, 8, 8), 4, True),
+    ],
+)
+def test_augment_against_one_by_one(dtype, shape, pad, flip):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator(1)).to(dtype)
+    before = images.clone()
+    out = augment(images, generator(2), pad, flip)
+    assert out.dtype == dtype
+    assert torch.equal(images, before)
+    expected = one_by_one(images, generator(2), pad, flip) if len(images) else images
+    assert torch.equal(out, expected)
+    last = images.to(memory_format=torch.channels_last)
+    assert torch.equal(augment(last, generator(2), pad, flip), expected)
+
+
+def test_augment_draws_evenly():
+    n = 20_000
+    picture = torch.arange(81.0).view(1, 1, 9, 9).expand(n, 1, 9, 9)
+    out = augment(picture, generator(), pad=2)
+    centre, right = out[:, 0, 4, 4], out[:, 0, 4, 5]
+    kinds, counts = torch.stack([centre, (right - centre > 0).float()]).unique(
+        dim=1, return_counts=True
+    )
+    assert kinds.shape[1] == 5 * 5 * 2
+    assert (counts - n / 50).abs().max() < 5 * (n / 50) ** 0.5
+
+
+def test_augment_without_anything_to_do_copies():
+    images = numbered().images
+    out = augment(images, generator(), pad=0, flip=False)
+    assert torch.equal(out, images)
+    assert out.data_ptr() != images.data_ptr()
+
+
+def test_augment_lets_gradients_through():
+    images = torch.rand(8, 3, 16, 16, requires_grad=True)
+    augment(images, generator()).sum().backward()
+    assert images.grad.sum() == images.numel()
+
+
+def test_augment_with_a_generator_elsewhere():
+    out = augment(torch.empty(8, 3, 16, 16, device="meta"), generator())
+    assert out.device.type == "meta"
+    assert out.shape == (8, 3, 16, 16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_same_crops_and_order_on_cuda(digits):
+    assert torch.equal(
+        augment(digits.images, generator(), 2), augment(digits.images.cuda(), generator(), 2).cpu()
+    )
+    on_cpu, on_cuda = digits.batches(100, generator()), digits.to("cuda").batches(100, generator())
+    for (images, labels), (moved, moved_labels) in zip(on_cpu, on_cuda, strict=True):
+        assert torch.equal(images, moved.cpu())
+        assert torch.equal(labels, moved_labels.cpu())
+    source = torch.Generator("cuda").manual_seed(0)
+    assert augment(digits.images, source).device.type == "cpu"
+    assert len(digits.per_class(5, source)) == 50
+
+
+def test_augment_refuses():
+    with pytest.raises(ValueError, match=r"pad must be .* below .*\(8 x 8\), not 8"):
+        augment(torch.zeros(1, 1, 8, 8), generator(), pad=8)
+    with pytest.raises(ValueError, match=r"must be \(N, C, H, W\), not float32 \(3, 8, 8\)"):
+        augment(torch.zeros(3, 8, 8), generator())
+
+
+def test_augment_is_much_faster_than_one_by_one():
+    images = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
+
+    def fastest(work):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    slow = fastest(lambda: one_by_one(images, generator(), 4, True))
+    assert fastest(lambda: augment(images, generator())) < slow / 3
+
+
+# ---- the real data, where they lie ready
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "shape", "first", "counts"),
+    [
+        ("cifar10", "train", (50_000, 3, 32, 32), [6, 9, 9, 4, 1, 1, 2, 7], [5000] * 10),
+        ("cifar10", "test", (10_000, 3, 32, 32), [3, 8, 8, 0, 6, 6, 1, 6], [1000] * 10),
+        ("mnist", "train", (60_000, 1, 28, 28), [5, 0, 4, 1, 9, 2, 1, 3], None),
+        ("mnist", "test", (10_000, 1, 28, 28), [7, 2, 1, 0, 4, 1, 4, 9], None),
+    ],
+)
+def test_real_data(name, split, shape, first, counts):
+    if not (datasets.data_root() / f"{name}.safetensors").exists():
+        pytest.skip(f"{name} has not been fetched into the data folder")
+    data = load_dataset(name, split)
+    assert data.images.shape == shape
+    assert data.labels[:8].tolist() == first
+    assert data.labels.unique().tolist() == list(range(len(DATASETS[name])))
+    if counts:
+        assert data.labels.bincount().tolist() == counts
+    if (name, split) == ("cifar10", "train"):
+        # The numbers everybody normalises with: in NCHW, RGB order, nothing else gives them.
+        mean = data.images.double().mean((0, 2, 3)) / 255
+        assert mean.tolist() == pytest.approx([0.49140, 0.48216, 0.44653], abs=1e-5)
