@@ -1,0 +1,47 @@
+"""dinv: what a trained network remembers of its lost training set, and what to do with it.
+
+from dinv import CrossEntropy, FeatureStatistics, InversionSettings, invert, load_model
+
+teacher = load_model("resnet_small")
+objective = CrossEntropy() + 10.0 * FeatureStatistics()
+images = invert(teacher, labels, objective, InversionSettings(steps=200)).images
+"""
+
+from dinv.datasets import Dataset, load_dataset
+from dinv.features import NoBatchNorm, Statistics, batchnorm_statistics, measure_statistics
+from dinv.inversion import Inversion, InversionSettings, NotFinite, balanced_labels, invert
+from dinv.models import Classifier, create_model, load_model
+from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, Term, TotalVariation
+from dinv.pool import Pool, synthesize
+from dinv.profiles import load_profile
+from dinv.runs import BudgetExceeded, Run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetExceeded",
+    "Classifier",
+    "CrossEntropy",
+    "Dataset",
+    "FeatureStatistics",
+    "Inversion",
+    "InversionSettings",
+    "L2Norm",
+    "NoBatchNorm",
+    "NotFinite",
+    "Objective",
+    "Pool",
+    "Run",
+    "Statistics",
+    "Term",
+    "TotalVariation",
+    "balanced_labels",
+    "batchnorm_statistics",
+    "create_model",
+    "invert",
+    "load_dataset",
+    "load_model",
+    "load_profile",
+    "measure_statistics",
+    "synthesize",
+]

@@ -1,0 +1,161 @@
+"""What several notebooks share: a profile's networks and pools as cached stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import torch
+from IPython.display import Image
+from matplotlib.figure import Figure
+
+from dinv import figures, inversion, training
+from dinv._store import sha256_tensors, stored
+from dinv.datasets import load_dataset
+from dinv.inversion import InversionSettings, balanced_labels
+from dinv.models import Classifier, create_model, load_model, shipped_models
+from dinv.objectives import Objective
+from dinv.pool import Pool, synthesize
+from dinv.profiles import Profile, load_profile
+from dinv.runs import Result, Run
+from dinv.training import TrainingSettings
+
+
+def device() -> torch.device:
+    """CUDA where it is, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """A seed of its own for every stage, from the run's seed and the stage's name."""
+    digest = hashlib.sha256(f"{name}/{seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def digest(model: Classifier) -> str:
+    """SHA-256 over a network's parameters and buffers: two with the same one answer alike."""
+    return sha256_tensors(stored(model.state_dict()), model.name)
+
+
+def training_settings(profile: Profile, role: str) -> TrainingSettings:
+    """The profile's settings for `role`, "teacher" or "judge"."""
+    return TrainingSettings(**dataclasses.asdict(getattr(profile, f"{role}_training")))
+
+
+def inversion_settings(profile: Profile, **changes: Any) -> InversionSettings:
+    """The profile's settings of the optimiser, with `changes`."""
+    chosen = dataclasses.asdict(profile.inversion)
+    del chosen["batch"], chosen["images"]
+    return InversionSettings(**{**chosen, **changes})
+
+
+def network(run: Run, role: str, seed: int = 0) -> Classifier:
+    """The profile's teacher or judge, frozen: as shipped, or trained by a cached stage.
+
+    It is trained where the profile says `retrain` and where no weights are shipped.
+    """
+    profile = run.profile
+    name = getattr(profile, role)
+    if name in shipped_models() and not profile.retrain:
+        return load_model(name).to(device())
+    model, _ = trained(run, role, seed)
+    return model
+
+
+def trained(run: Run, role: str, seed: int = 0) -> tuple[Classifier, Result]:
+    """Train the profile's teacher or judge from scratch, or find it trained: a cached stage."""
+    profile = run.profile
+    name, settings = getattr(profile, role), training_settings(profile, role)
+    seed = stage_seed(seed, name)
+    model = create_model(name, profile.dataset, seed=seed).to(device())
+
+    def make(checkpoint):
+        data = load_dataset(profile.dataset, "train", device())
+        generator = torch.Generator().manual_seed(seed)
+        history = training.train(model, data, settings, generator, checkpoint)
+        return model.state_dict(), {"history": history}
+
+    config = {"network": name, "dataset": profile.dataset, "seed": seed, **dataclasses.asdict(settings)}
+    result = run.stage("network", name, config, make, version=training.VERSION)
+    model.load_state_dict(result.tensors)
+    return model.freeze(), result
+
+
+def pool(
+    run: Run,
+    name: str,
+    teacher: Classifier,
+    objective: Objective,
+    *,
+    seed: int = 0,
+    images: int | None = None,
+    batch: int | None = None,
+    settings: InversionSettings | None = None,
+    snapshots: tuple[int, ...] = (),
+) -> tuple[Pool, Result]:
+    """A pool of inverted images, every class as often, as a cached and resumable stage.
+
+    Noise, jitter and flips depend on `seed` alone, not on `name`: two objectives with the same seed
+    start from the same noise and can be laid side by side.
+
+    Args:
+        images, batch, settings: the profile's, where not given.
+    """
+    profile = run.profile
+    images = images or profile.inversion.images
+    batch = min(batch or profile.inversion.batch, images)
+    settings = settings or inversion_settings(profile)
+    labels = balanced_labels(images, len(teacher.classes))
+    config: Mapping[str, Any] = {
+        "objective": objective.config(),
+        "settings": dataclasses.asdict(settings),
+        "images": images,
+        "batch": batch,
+        "seed": seed,
+        "snapshots": list(snapshots),
+    }
+
+    def make(checkpoint):
+        made = synthesize(
+            teacher, labels, objective, settings,
+            batch=batch, seed=seed, snapshots=snapshots, checkpoint=checkpoint,
+        )  # fmt: skip
+        return made.tensors(), made.meta()
+
+    result = run.stage(
+        "pool", f"{name}-seed{seed}", config, make, [digest(teacher)], version=inversion.VERSION
+    )
+    return Pool.of(result.tensors, result.meta), result
+
+
+# ---- what a notebook opens with, and how it shows things -------------------------------------------
+
+
+def start(
+    chapter: str, profile: str = "auto", seeds: int = 0, overrides: Mapping[str, Any] | None = None
+) -> Run:
+    """Open a chapter: its profile with the notebook's parameters, and its account of results.
+
+    Args:
+        profile, seeds, overrides: the notebook's parameters cell; `seeds` 0 keeps the profile's number.
+    """
+    chosen = load_profile(profile, overrides)
+    if seeds:
+        chosen = dataclasses.replace(chosen, seeds=seeds)
+    return Run(chapter, chosen)
+
+
+def settings_table(profile: Profile, *parts: str) -> pd.DataFrame:
+    """The profile's settings beside the paper's; `parts` keeps those whose names begin so."""
+    rows = [row for row in profile.table() if not parts or row[0].startswith(parts)]
+    return pd.DataFrame(rows, columns=["setting", f"{profile.name} profile", "paper"]).set_index("setting")
+
+
+def show(run: Run, name: str, figure: Figure) -> Image:
+    """Keep a figure as `figures/<profile>/<name>.png` and return it for display."""
+    data = figures.png(figure)
+    (run.folder / f"{name}.png").write_bytes(data)
+    return Image(data=data, format="png")

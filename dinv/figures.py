@@ -1,0 +1,216 @@
+"""Every figure one function: tensors and numbers in, a matplotlib figure out.
+
+Images come as uint8 or as float in [0, 1], NCHW. Nothing here computes a result.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLORS = {"noise": "0.6", "deepdream": "tab:orange", "deepinversion": "tab:blue", "real": "0.2"}
+
+
+def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
+    """(N, C, H, W) as one (H', W', 3) float image in [0, 1]: row by row, white gaps."""
+    images = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    canvas = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    return canvas
+
+
+def first_of_each_class(images: Tensor, labels: Tensor, classes: int, each: int = 1) -> Tensor:
+    """The first `each` images of every class, class after class: chosen by nothing else."""
+    picked = [images[(labels == k).nonzero().flatten()[:each].to(images.device)] for k in range(classes)]
+    return torch.cat(picked)
+
+
+def image_grids(
+    grids: Mapping[str, Tensor], columns: int, titles: Sequence[str] = (), scale: float = 1.0
+) -> Figure:
+    """Grids of images side by side, one a method: the layout of the paper's Figure 3.
+
+    Args:
+        grids: title -> images, `columns` in a row.
+        titles: second lines below the titles, such as an accuracy.
+    """
+    canvases = {name: tile(images, columns) for name, images in grids.items()}
+    height, width = next(iter(canvases.values())).shape[:2]
+    side = 3.1 * scale
+    figure, axes = plt.subplots(
+        1, len(grids), figsize=(side * len(grids), side * height / width + 0.7), squeeze=False
+    )
+    for index, (axis, (name, canvas)) in enumerate(zip(axes[0], canvases.items(), strict=True)):
+        axis.imshow(canvas, interpolation="nearest")
+        axis.set_title(f"{name}\n{titles[index]}" if titles else name, fontsize=9)
+        axis.axis("off")
+    figure.tight_layout()
+    return figure
+
+
+def method_grids(
+    pools: Mapping[str, tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    notes: Sequence[str] = (),
+    each: int = 5,
+) -> Figure:
+    """Figure 3 of the paper: the same classes by every method, one row a class.
+
+    Args:
+        pools: method -> (images, labels).
+        notes: one line under each method's name.
+    """
+    grids = {
+        name: first_of_each_class(images, labels, len(classes), each)
+        for name, (images, labels) in pools.items()
+    }
+    figure = image_grids(grids, each, notes, scale=0.75)
+    axis = figure.axes[0]
+    step = axis.get_images()[0].get_array().shape[0] / len(classes)
+    axis.axis("on")
+    axis.set_xticks([])
+    axis.set_yticks([step * (k + 0.5) for k in range(len(classes))], classes, fontsize=7)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def film_strip(strips: Mapping[str, Tensor], steps: Sequence[int], names: Sequence[str]) -> Figure:
+    """Images on their way from noise: one row an image, one column a step, one panel a method.
+
+    Args:
+        strips: method -> (S, N, C, H, W), S snapshots of N images.
+    """
+    columns = len(steps)
+    count = next(iter(strips.values())).shape[1]
+    figure, axes = plt.subplots(len(strips), 1, figsize=(columns * 1.05, len(strips) * count * 1.08))
+    for axis, (name, strip) in zip(_list(axes), strips.items(), strict=True):
+        canvas = tile(strip.transpose(0, 1).flatten(0, 1), columns)
+        axis.imshow(canvas, interpolation="nearest")
+        pitch = canvas.shape[1] / columns
+        axis.set_xticks([pitch * (i + 0.5) for i in range(columns)], [str(s) for s in steps], fontsize=8)
+        pitch = canvas.shape[0] / count
+        axis.set_yticks([pitch * (i + 0.5) for i in range(count)], names, fontsize=8)
+        axis.tick_params(length=0)
+        axis.set_title(name, fontsize=9)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    _list(axes)[-1].set_xlabel("iteration")
+    figure.tight_layout()
+    return figure
+
+
+def loss_curves(curves: Mapping[str, tuple[Sequence[str], Tensor]]) -> Figure:
+    """Every term of the objective over the iterations, one panel a term, one line a method.
+
+    Args:
+        curves: method -> (term names, values (steps, terms), unweighted).
+    """
+    names = list(dict.fromkeys(n for terms, _ in curves.values() for n in terms if n != "objective"))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 2.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for method, (terms, values) in curves.items():
+            if name in terms:
+                line = values[:, list(terms).index(name)]
+                axis.plot(range(1, len(line) + 1), line, label=method, color=color_of(method))
+        axis.set_yscale("log")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("iteration")
+    axes[0][0].set_ylabel("unweighted value")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def layer_distances(
+    distances: Mapping[str, Tensor], ylabel: str = "distance to BatchNorm statistics"
+) -> Figure:
+    """Distance to the BatchNorm statistics, layer by layer, one line a kind of image."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    for name, values in distances.items():
+        axis.plot(range(1, len(values) + 1), values, marker="o", ms=4, label=name, color=color_of(name))
+    axis.set_yscale("log")
+    axis.set_xlabel("BatchNorm layer, from the image up")
+    axis.set_ylabel(ylabel)
+    axis.set_xticks(range(1, len(next(iter(distances.values()))) + 1))
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def accuracy_bars(
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    ylabel: str = "top-1 accuracy, %",
+    chance: float = 0.0,
+) -> Figure:
+    """Accuracies as bars with their sample deviation: groups along x, one colour a judge.
+
+    Args:
+        groups: x label -> judge -> one accuracy a seed, percent.
+        chance: a dotted line at guessing.
+    """
+    judges = list(next(iter(groups.values())))
+    figure, axis = plt.subplots(figsize=(1.6 + 1.15 * len(groups), 3.0))
+    width = 0.8 / len(judges)
+    for offset, judge in enumerate(judges):
+        places = [i + (offset - (len(judges) - 1) / 2) * width for i in range(len(groups))]
+        values = [torch.tensor(list(group[judge])) for group in groups.values()]
+        heights = [v.mean().item() for v in values]
+        spread = [v.std().item() if len(v) > 1 else 0 for v in values]
+        axis.bar(places, heights, width * 0.95, yerr=spread, capsize=3, label=judge)
+    if chance:
+        axis.axhline(chance, color="0.5", ls=":", lw=1, label="chance")
+    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
+    axis.set_ylabel(ylabel)
+    axis.set_ylim(0, 105)
+    axis.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+def curve(
+    x: Sequence[float], lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, log: bool = False
+) -> Figure:
+    """Lines with markers over one x axis."""
+    figure, axis = plt.subplots(figsize=(4.8, 3.0))
+    for name, values in lines.items():
+        axis.plot(x, values, marker="o", ms=4, label=name)
+    if log:
+        axis.set_xscale("symlog", linthresh=min((v for v in x if v > 0), default=1))
+        axis.set_xticks(list(x), [f"{v:g}" for v in x])
+        axis.minorticks_off()
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def color_of(name: str) -> str | None:
+    """One colour a method, the same in every figure; None lets matplotlib choose."""
+    return COLORS.get(name.lower().replace(" ", ""))
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as PNG bytes without metadata that changes from run to run; closes the figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _list(axes) -> list:
+    return [axes] if not hasattr(axes, "__len__") else list(axes)

@@ -1,0 +1,97 @@
+"""The networks of the paper's CIFAR-10 tables and of its successors' (32x32 images).
+
+Sources: ResNet (He et al. 2016) with the 3x3 stem used on CIFAR; VGG-11 with BatchNorm (Simonyan and
+Zisserman 2015) with one linear layer; wide residual networks (Zagoruyko and Komodakis 2016).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN plus shortcut, then ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet(blocks: list[int], classes: int, channels: int = 3) -> nn.Sequential:
+    """ResNet for 32x32 images: 3x3 stem, four stages of 64, 128, 256, 512 channels."""
+    layers: list[nn.Module] = [conv3x3(channels, 64), nn.BatchNorm2d(64), nn.ReLU()]
+    width = 64
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers.append(BasicBlock(width, 64 * 2**stage, stride))
+            width = 64 * 2**stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+def vgg(plan: list[int | str], classes: int, channels: int = 3) -> nn.Sequential:
+    """VGG with BatchNorm: an integer is a 3x3 convolution of that width, "M" a 2x2 max pool."""
+    layers: list[nn.Module] = []
+    for item in plan:
+        if item == "M":
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [conv3x3(channels, item), nn.BatchNorm2d(item), nn.ReLU()]
+            channels = item
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+VGG11 = [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
+
+
+class PreActivationBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-conv plus shortcut, the block of wide residual networks."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv3x3(inputs, outputs, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv3x3(outputs, outputs)
+        self.shortcut = None
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return y + (x if self.shortcut is None else self.shortcut(active))
+
+
+def wide_resnet(depth: int, width: int, classes: int, channels: int = 3) -> nn.Sequential:
+    """WRN-depth-width: three stages of 16, 32, 64 times `width` channels."""
+    if (depth - 4) % 6:
+        raise ValueError(f"depth {depth} of a wide residual network must be 4 more than 6n")
+    layers: list[nn.Module] = [conv3x3(channels, 16)]
+    inputs = 16
+    for stage in range(3):
+        for block in range((depth - 4) // 6):
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers.append(PreActivationBlock(inputs, 16 * width * 2**stage, stride))
+            inputs = 16 * width * 2**stage
+    return nn.Sequential(
+        *layers,
+        nn.BatchNorm2d(inputs),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(inputs, classes),
+    )

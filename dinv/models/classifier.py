@@ -1,0 +1,71 @@
+"""The classifier: a network and the normalisation that belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """A network that takes images in [0, 1] and owns their normalisation.
+
+    Everything in `dinv` hands a classifier float32 NCHW images in [0, 1]; what the weights were
+    trained with (mean, standard deviation, size) is the classifier's own business.
+
+    Args:
+        net: any module from normalised NCHW images to logits of shape (N, K).
+        mean, std: per-channel normalisation, in units of [0, 1] images.
+        size: side of the square images that the network was made for, in pixels.
+        classes: the K class names.
+        name: how the network is called in tables.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int,
+        classes: Sequence[str],
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean {mean} and std {std} must have one positive std per channel")
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.size = size
+        self.classes = tuple(classes)
+        self.name = name or type(net).__name__
+
+    @property
+    def channels(self) -> int:
+        return self.mean.shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
+        return self.net((images - self.mean) / self.std)
+
+    def freeze(self) -> Classifier:
+        """Eval mode and no gradient for any parameter: what a teacher is. Returns itself."""
+        self.eval().requires_grad_(False)
+        return self
+
+    def check(self, images: Tensor) -> None:
+        """Raise a ValueError unless `images` has the shape this network was made for."""
+        wanted = (self.channels, self.size, self.size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(
+                f"{self.name} takes images of shape (N, {', '.join(map(str, wanted))}), "
+                f"got {tuple(images.shape)}: resize or choose another network"
+            )
+        if images.shape[0] == 0:
+            raise ValueError(f"{self.name} was given an empty batch: at least one image is needed")
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of scalar parameters."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,144 @@
+"""Pretrained networks of torchvision and timm, wrapped so that they own their normalisation."""
+
+from __future__ import annotations
+
+import difflib
+import socket
+import threading
+import urllib.error
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+
+from torch import nn
+
+from dinv.models.classifier import Classifier
+
+TIMEOUT = 10  # seconds until a source of weights counts as out of reach
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class WeightsUnavailable(RuntimeError):
+    """The network is known, its pretrained weights are out of reach."""
+
+
+def load_pretrained(name: str, pretrained: bool = True) -> Classifier:
+    """A torchvision or timm network by name, with its own weights unless `pretrained` is False.
+
+    "torchvision:resnet50" and "timm:resnet50" name the source; a bare name is looked for in
+    torchvision first.
+
+    Raises:
+        ValueError: neither library has such a network; the nearest names are given.
+        WeightsUnavailable: the weights are neither cached nor in reach.
+    """
+    source, _, bare = name.rpartition(":")
+    if source not in ("", "torchvision", "timm"):
+        raise ValueError(f"unknown source {source!r} of {name!r}: use torchvision:NAME or timm:NAME")
+    if source in ("", "torchvision") and bare in _torchvision_names():
+        return _load_torchvision(bare, pretrained)
+    if source in ("", "timm") and bare.split(".")[0] in _timm_names():
+        return _load_timm(bare, pretrained)
+    from dinv.models.registry import NETWORKS
+
+    known = [*NETWORKS, *_torchvision_names(), *_timm_names()]
+    near = difflib.get_close_matches(bare, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else "see dinv.models.NETWORKS and torchvision"
+    missing = "" if _timm_names() else " (timm is not installed, so its names are not known)"
+    raise ValueError(f"unknown network {name!r}: {hint}{missing}")
+
+
+def _torchvision_names() -> list[str]:
+    from torchvision.models import list_models
+
+    return [name for name in list_models() if "/" not in name]
+
+
+def _timm_names() -> list[str]:
+    try:
+        import timm
+    except ImportError:
+        return []
+    return timm.list_models()
+
+
+def _load_torchvision(name: str, pretrained: bool) -> Classifier:
+    from torchvision.models import get_model, get_model_weights
+
+    weights = get_model_weights(name).DEFAULT if pretrained else None
+    # GoogLeNet and Inception take these; the auxiliary heads are of no use to an inversion
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    net = _fetch(name, lambda: get_model(name, weights=weights, **options))
+    if weights is None:
+        return Classifier(net, IMAGENET_MEAN, IMAGENET_STD, _size(name), _numbers(1000), name)
+    preset = weights.transforms()
+    classes = weights.meta["categories"]
+    return Classifier(net, preset.mean, preset.std, preset.crop_size[0], classes, name)
+
+
+def _load_timm(name: str, pretrained: bool) -> Classifier:
+    import timm
+
+    with _hub_offline_if_unreachable() if pretrained else nullcontext():
+        net = _fetch(name, lambda: timm.create_model(name, pretrained=pretrained))
+    given = net.pretrained_cfg
+    return Classifier(
+        net, given["mean"], given["std"], given["input_size"][-1], _numbers(net.num_classes), name
+    )
+
+
+def _fetch(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """Run `make` with a short time-out for connections, and say clearly what failed."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        return make()
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        raise WeightsUnavailable(
+            f"the weights of {name} are out of reach ({error}): connect, put them into the cache of "
+            "torch.hub, or take one of the shipped networks"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _hub_offline_if_unreachable() -> Iterator[None]:
+    """Let the hub's client look only into its cache where the hub is out of reach.
+
+    Left alone it tries every address for the better part of a minute.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    """Whether a TCP connection to the host of `address` opens in time; name look-up included."""
+    parts = urllib.parse.urlsplit(address)
+    opened = threading.Event()
+
+    def connect() -> None:
+        with (
+            suppress(OSError),
+            socket.create_connection((parts.hostname, parts.port or 443), timeout=TIMEOUT),
+        ):
+            opened.set()
+
+    thread = threading.Thread(target=connect, daemon=True)  # a name look-up has no time-out of its own
+    thread.start()
+    thread.join(TIMEOUT)
+    return opened.is_set()
+
+
+def _size(name: str) -> int:
+    return 299 if name == "inception_v3" else 224
+
+
+def _numbers(count: int) -> tuple[str, ...]:
+    return tuple(str(index) for index in range(count))

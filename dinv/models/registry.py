@@ -1,0 +1,179 @@
+"""Networks by name: the project's own, torchvision's and timm's, in one call."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from dinv.models.cifar import VGG11, resnet, vgg, wide_resnet
+from dinv.models.classifier import Classifier
+from dinv.models.pretrained import load_pretrained
+from dinv.models.small import (
+    RESNET_DIGITS,
+    RESNET_SMALL,
+    VGG_DIGITS,
+    VGG_SMALL,
+    resnet_small,
+)
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+class CorruptCheckpoint(RuntimeError):
+    """A file of weights that is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a network is trained on: its images' normalisation and shape, its class names."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int
+    classes: tuple[str, ...]
+
+
+DIGITS = tuple(str(i) for i in range(10))
+DOMAINS = {
+    "cifar10": Domain(
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        32,
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    ),
+    "mnist": Domain((0.1307,), (0.3081,), 28, DIGITS),
+    "digits": Domain((0.305,), (0.376,), 8, DIGITS),
+}
+
+# name -> (classes, channels) -> network
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "cifar_resnet18": lambda k, c: resnet([2, 2, 2, 2], k, c),
+    "cifar_resnet34": lambda k, c: resnet([3, 4, 6, 3], k, c),
+    "cifar_vgg11": lambda k, c: vgg(VGG11, k, c),
+    "wrn40_2": lambda k, c: wide_resnet(40, 2, k, c),
+    "wrn40_1": lambda k, c: wide_resnet(40, 1, k, c),
+    "wrn16_2": lambda k, c: wide_resnet(16, 2, k, c),
+    "wrn16_1": lambda k, c: wide_resnet(16, 1, k, c),
+    "resnet_small": lambda k, c: resnet_small(RESNET_SMALL, k, c),
+    "vgg_small": lambda k, c: vgg(VGG_SMALL, k, c),
+    "resnet_digits": lambda k, c: resnet_small(RESNET_DIGITS, k, c),
+    "vgg_digits": lambda k, c: vgg(VGG_DIGITS, k, c),
+}
+
+
+def create_model(
+    name: str,
+    domain: str = "cifar10",
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+) -> Classifier:
+    """A network with fresh weights drawn from `seed`, in channels-last layout.
+
+    One of the project's own (`NETWORKS`, for the images of `domain`), or any of torchvision's or
+    timm's as they make it for ImageNet; `classes` then stays None.
+
+    Raises:
+        ValueError: unknown name or domain; the message lists what there is.
+    """
+    spec = _look_up(domain, DOMAINS, "data set of a network")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's as well
+        if name not in NETWORKS:
+            return load_pretrained(name, pretrained=False).to(memory_format=torch.channels_last)
+        classes = spec.classes if classes is None else tuple(classes)
+        net = NETWORKS[name](len(classes), len(spec.mean))
+    model = Classifier(net, spec.mean, spec.std, spec.size, classes, name)
+    return model.to(memory_format=torch.channels_last)
+
+
+def load_model(name: str, checkpoint: str | Path | None = None) -> Classifier:
+    """A trained network, frozen, by name.
+
+    Looked for in this order: a network shipped with the package (`shipped_models()`), then one of
+    torchvision's or timm's with its own pretrained weights. "torchvision:resnet50" and
+    "timm:resnet50.a1_in1k" name the source outright. With `checkpoint`, a safetensors file (or a
+    `torch.save`d state dictionary, read with `weights_only=True`) is loaded into the named network.
+
+    Raises:
+        ValueError: no such network; the message says what is near and what exists.
+        CorruptCheckpoint: the file is damaged or does not fit the network.
+    """
+    shipped = _manifest()
+    if checkpoint is not None:
+        domain = shipped[name]["domain"] if name in shipped else "cifar10"
+        return load_weights(create_model(name, domain), checkpoint).freeze()
+    if name in shipped:
+        entry = shipped[name]
+        path = WEIGHTS / entry["file"]
+        _verify(path, entry["sha256"])
+        return load_weights(create_model(name, entry["domain"]), path).freeze()
+    if name in NETWORKS:
+        raise ValueError(
+            f"{name} is not shipped with weights: train it (notebook 00_teacher), name a checkpoint, "
+            f"or take one of {', '.join(shipped)}"
+        )
+    return load_pretrained(name).freeze()
+
+
+def shipped_models() -> dict[str, dict]:
+    """The shipped networks: name -> domain, file, sha256, accuracy (percent, whole test set)."""
+    return dict(_manifest())
+
+
+def load_weights(model: Classifier, path: str | Path) -> Classifier:
+    """Load a checkpoint's tensors into `model` and return it."""
+    path = Path(path)
+    if not path.is_file():
+        raise CorruptCheckpoint(f"{path} is not a file: name a .safetensors or a .pt file")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read ({error}): fetch it again") from error
+    except Exception as error:  # what an unpickler refuses has no common base class
+        raise CorruptCheckpoint(f"{path} is not a plain state dictionary ({error})") from error
+    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise CorruptCheckpoint(f"{path} holds values that are not finite, in {bad[0]}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CorruptCheckpoint(f"{path} does not fit {model.name}: {error}") from error
+    return model
+
+
+def _verify(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise CorruptCheckpoint(f"{path} is missing: install the package again")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise CorruptCheckpoint(
+            f"{path} is corrupt (SHA-256 {found[:12]}..., expected {sha256[:12]}...): "
+            "restore it from the repository or install the package again"
+        )
+
+
+def _manifest() -> dict[str, dict]:
+    path = WEIGHTS / "manifest.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _look_up(name: str, table: dict[str, Domain], what: str) -> Domain:
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(table)}")
+    return table[name]

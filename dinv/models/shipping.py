@@ -1,0 +1,81 @@
+"""Put trained networks into the package: weights as safetensors, a manifest with checksums.
+
+    python -m dinv.models.shipping --profile cpu     # for maintainers, after 00_teacher with retrain=true
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from dinv.models.classifier import Classifier, parameter_count
+from dinv.models.registry import WEIGHTS
+
+LARGEST_FILE = 5_000_000  # bytes; every clone carries them
+LARGEST_TOTAL = 12_000_000
+
+
+def ship(
+    model: Classifier,
+    domain: str,
+    accuracy: float,
+    history: list[dict[str, float]],
+    folder: Path = WEIGHTS,
+) -> Path:
+    """Write `model` and its entry in the manifest.
+
+    Args:
+        accuracy: top-1 in percent on the whole test set of `domain`.
+        history: one record an epoch, as `training.train` returns them.
+
+    Raises:
+        ValueError: the file, or all together, would be larger than what is shipped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{domain}-{model.name}.safetensors"
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    size = sum(value.nbytes for value in state.values())
+    others = sum(f.stat().st_size for f in folder.glob("*.safetensors") if f != path)
+    if size > LARGEST_FILE or size + others > LARGEST_TOTAL:
+        raise ValueError(
+            f"{model.name} has {size / 1e6:.1f} MB beside {others / 1e6:.1f} MB: at most "
+            f"{LARGEST_FILE / 1e6:.0f} MB a file and {LARGEST_TOTAL / 1e6:.0f} MB in all are shipped"
+        )
+    save_file(state, path)
+    manifest_path = folder / "manifest.json"
+    manifest: dict[str, Any] = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    manifest[model.name] = {
+        "domain": domain,
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "parameters": parameter_count(model),
+        "accuracy": round(accuracy, 2),
+        "history": [{key: round(value, 4) for key, value in record.items()} for record in history],
+    }
+    manifest_path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def main() -> None:
+    from dinv import chapters
+    from dinv.datasets import load_dataset
+    from dinv.metrics import accuracy
+
+    parser = argparse.ArgumentParser(description="ship a profile's teacher and judge")
+    parser.add_argument("--profile", default="cpu")
+    run = chapters.start("00_teacher", parser.parse_args().profile)
+    test_set = load_dataset(run.profile.dataset, "test")
+    for role in ("teacher", "judge"):
+        model, result = chapters.trained(run, role)
+        score = accuracy(model, test_set.images, test_set.labels)
+        path = ship(model, run.profile.dataset, score, result.meta["history"])
+        print(f"{path.name}: {score:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The paper's equations, one class each, added up and scaled like the sums they are.
+
+    objective = CrossEntropy() + 2.5e-5 * TotalVariation() + 10.0 * FeatureStatistics()
+
+A term sees a `View`: the pixels, the labels, and what the teacher made of them. It returns one scalar.
+An `Objective` is a weighted sum of terms.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinv.features import DISTANCES, Statistics, at_least_float32, batchnorm_statistics, moments
+
+
+@dataclass(frozen=True)
+class View:
+    """What a term may look at.
+
+    Attributes:
+        pixels: (N, C, H, W) in the teacher's normalised units, as the paper's optimiser holds them.
+        labels: (N,) int64.
+        logits: (N, K) of the teacher.
+        features: the teacher's watched tensors by layer name (see `features.recorded`).
+        images: the same pixels in [0, 1], for networks with a normalisation of their own.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    images: Tensor | None = None
+
+
+class Term:
+    """One equation. Subclasses set `name` and define `__call__(view) -> scalar`."""
+
+    name = "term"
+
+    def bind(self, teacher: nn.Module) -> Term:
+        """The term, ready for this teacher: looks up what it needs and refuses early."""
+        return self
+
+    def layers(self) -> tuple[str, ...]:
+        """Layers of the teacher whose tensors the term wants in `view.features`."""
+        return ()
+
+    def signature(self) -> tuple:
+        """What makes a compiled step of this term another one: kind, options, shapes.
+
+        A term with attributes is by default interchangeable with itself alone.
+        """
+        return (type(self), self) if vars(self) else (type(self),)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors that may differ between two terms of one signature."""
+        return ()
+
+    def config(self) -> dict[str, Any]:
+        """The term in plain words and numbers: part of the key of what is made with it."""
+        return {"term": self.name, **vars(self)}
+
+    def __call__(self, view: View) -> Tensor:
+        raise NotImplementedError
+
+    def __add__(self, other: Term | Objective) -> Objective:
+        return Objective(((1.0, self),)) + other
+
+    def __mul__(self, weight: float) -> Objective:
+        return Objective(((_weight(weight), self),))
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of terms, itself to be added to and scaled."""
+
+    parts: tuple[tuple[float, Term], ...]
+
+    def __add__(self, other: Term | Objective) -> Objective:
+        if isinstance(other, Term):
+            other = Objective(((1.0, other),))
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return Objective(self.parts + other.parts)
+
+    def __mul__(self, weight: float) -> Objective:
+        weight = _weight(weight)
+        return Objective(tuple((_weight(weight * w), term) for w, term in self.parts))
+
+    __rmul__ = __mul__
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name a term; where two terms share theirs, the second is numbered."""
+        names = [term.name for _, term in self.parts]
+        earlier = [names[:index].count(name) for index, name in enumerate(names)]
+        return tuple(f"{name} #{n + 1}" if n else name for name, n in zip(names, earlier, strict=True))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(weight for weight, _ in self.parts)
+
+    def bind(self, teacher: nn.Module) -> Objective:
+        """Drop the terms of weight zero and make the others ready for `teacher`."""
+        parts = tuple((weight, term.bind(teacher)) for weight, term in self.parts if weight > 0)
+        if not parts:
+            raise ValueError("every weight of the objective is zero: there is nothing to minimise")
+        return Objective(parts)
+
+    def layers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for _, term in self.parts for name in term.layers()))
+
+    def signature(self) -> tuple:
+        return tuple(term.signature() for _, term in self.parts)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for _, term in self.parts for tensor in term.tensors())
+
+    def config(self) -> list[dict[str, Any]]:
+        return [{"weight": weight, **term.config()} for weight, term in self.parts if weight > 0]
+
+    def terms(self, view: View) -> Tensor:
+        """The unweighted values, shape (terms,), in the order of `names`."""
+        return torch.stack([at_least_float32(term(view)) for _, term in self.parts])
+
+    def __call__(self, view: View) -> Tensor:
+        """The weighted sum, a scalar."""
+        terms = self.terms(view)
+        return terms @ terms.new_tensor(self.weights)
+
+    def __str__(self) -> str:
+        return " + ".join(
+            term.name if weight == 1 else f"{weight:g} * {term.name}" for weight, term in self.parts
+        )
+
+
+def _weight(weight: float) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"a term is scaled by a number, got {type(weight).__name__}")
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(
+            f"weight {weight} of a term must be finite and not negative: every term is minimised"
+        )
+    return float(weight)
+
+
+class CrossEntropy(Term):
+    """L(x, y): cross-entropy of the teacher's logits with the wanted labels, mean over images.
+
+    Paper, equation 1.
+    """
+
+    name = "cross-entropy"
+
+    def __call__(self, view: View) -> Tensor:
+        return F.cross_entropy(at_least_float32(view.logits), view.labels)
+
+
+class TotalVariation(Term):
+    """R_TV(x): see `total_variation`. Paper, equation 2."""
+
+    name = "total variation"
+
+    def __call__(self, view: View) -> Tensor:
+        return total_variation(view.pixels)
+
+
+class L2Norm(Term):
+    """R_l2(x): the l2 norm of an image, mean over images. Paper, equation 2."""
+
+    name = "l2 norm"
+
+    def __call__(self, view: View) -> Tensor:
+        return l2_norm(view.pixels)
+
+
+class FeatureStatistics(Term):
+    """R_feature(x): distance of a batch's feature statistics to the training set's. Equation 3.
+
+    Args:
+        distance: "l2", the paper's sum of norms, or "kl", the scale-free Gaussian KL per channel.
+        first: multiplier of the first layer's part; the released ImageNet settings use 10.
+        statistics: what to match; by default the teacher's own BatchNorm buffers.
+    """
+
+    name = "feature statistics"
+
+    def __init__(
+        self, distance: str = "l2", first: float = 1.0, statistics: Statistics | None = None
+    ) -> None:
+        if distance not in DISTANCES:
+            raise ValueError(f"unknown distance {distance!r}: choose {' or '.join(DISTANCES)}")
+        self.distance = distance
+        self.first = _weight(first)
+        self.statistics = statistics
+
+    def bind(self, teacher: nn.Module) -> FeatureStatistics:
+        statistics = self.statistics or batchnorm_statistics(teacher)
+        device = next(teacher.parameters()).device
+        # a copy: a step that is used again overwrites what it holds
+        return FeatureStatistics(self.distance, self.first, copy.deepcopy(statistics.to(device)))
+
+    def layers(self) -> tuple[str, ...]:
+        return self.statistics.layers if self.statistics is not None else ()
+
+    def signature(self) -> tuple:
+        return (type(self), self.distance, self.first, self.layers())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.statistics.means + self.statistics.variances if self.statistics else ()
+
+    def config(self) -> dict[str, Any]:
+        source = self.statistics.digest() if self.statistics else "BatchNorm buffers"
+        return {
+            "term": self.name, "distance": self.distance, "first": self.first, "statistics": source,
+        }  # fmt: skip
+
+    def __call__(self, view: View) -> Tensor:
+        if self.statistics is None:
+            raise ValueError("FeatureStatistics must be bound to a teacher first: term.bind(teacher)")
+        distance, reference = DISTANCES[self.distance], self.statistics
+        total = view.pixels.new_zeros(())
+        for index, name in enumerate(reference.layers):
+            mean0, variance0 = reference.means[index], reference.variances[index]
+            mean, variance = moments(view.features[name], shift=mean0)
+            part = distance(mean, variance, mean0, variance0)
+            total = total + (self.first * part if index == 0 else part)
+        return total
+
+
+def total_variation(pixels: Tensor) -> Tensor:
+    """Sum of the l2 norms of an image's differences to its four one-pixel shifts, mean over images.
+
+    The shifts are horizontal, vertical and the two diagonals.
+    """
+    differences = (
+        pixels[..., :, 1:] - pixels[..., :, :-1],
+        pixels[..., 1:, :] - pixels[..., :-1, :],
+        pixels[..., 1:, 1:] - pixels[..., :-1, :-1],
+        pixels[..., 1:, :-1] - pixels[..., :-1, 1:],
+    )
+    return sum(_norms(d).mean() for d in differences)
+
+
+def l2_norm(pixels: Tensor) -> Tensor:
+    """l2 norm of an image over channels and positions, mean over images."""
+    return _norms(pixels).mean()
+
+
+def _norms(x: Tensor) -> Tensor:
+    """(N,) l2 norms of (N, C, H, W); the small constant keeps the gradient finite at zero."""
+    return (at_least_float32(x).square().sum(dim=(1, 2, 3)) + 1e-12).sqrt()

@@ -1,0 +1,234 @@
+"""The four profiles: the same experiments with other numbers.
+
+`paper` holds the paper's settings; where the paper is silent the comment says so. The other three shorten
+them, each number beside the paper's in `Profile.table()`, which the notebooks print.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+PROFILES = ("smoke", "cpu", "gpu", "paper")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A supervised training from scratch; see `training.TrainingSettings`."""
+
+    epochs: int
+    batch: int
+    rate: float
+    decay: float
+    small_epochs: int
+    pad: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The optimiser of the pixels; see `inversion.InversionSettings`."""
+
+    steps: int = 2000
+    rate: float = 0.05
+    schedule: str = "constant"
+    jitter: int = 2
+    flip: bool = True
+    batch: int = 256
+    images: int = 256_000  # of each kind and seed
+    compile: str = "auto"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The objective's weights."""
+
+    tv: float = 2.5e-5
+    l2: float = 3e-8  # [M]
+    feature: float = 10.0
+    feature_kl: float = 1.0  # ours: the paper knows only the l2 distance
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Notebook 02's comparisons: images of each variant, and what is varied."""
+
+    images: int = 2560
+    features: tuple[float, ...] = (0.0, 0.1, 1.0, 10.0, 100.0)  # the paper searched {1, 5, 10, 100} [M]
+    real: tuple[int, ...] = (10, 100, 1000)  # the paper: 100 (Table 8)
+    batches: tuple[int, ...] = (16, 64, 256)
+    bare: int = 2560  # images of the network without BatchNorm
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything a notebook may vary. Frozen: `load_profile(name, overrides)` makes variants."""
+
+    name: str
+    dataset: str
+    teacher: str
+    judge: str
+    teacher_training: Training
+    judge_training: Training
+    retrain: bool  # train teacher and judge although weights are shipped
+    seeds: int
+    inversion: Inversion = field(default_factory=Inversion)
+    weights: Weights = field(default_factory=Weights)
+    sweep: Sweep = field(default_factory=Sweep)
+
+    def table(self) -> list[tuple[str, Any, Any]]:
+        """Rows (setting, here, in the paper profile)."""
+        here, paper = flat(self), flat(PAPER)
+        return [(name, value, paper[name]) for name, value in here.items() if name != "name"]
+
+
+# The paper does not describe the training of its CIFAR teachers: this is a common strong recipe.
+LONG = Training(epochs=200, batch=128, rate=0.1, decay=5e-4, small_epochs=0, pad=4, flip=True)
+
+PAPER = Profile(
+    name="paper",
+    dataset="cifar10",
+    teacher="cifar_resnet34",
+    judge="cifar_vgg11",
+    teacher_training=LONG,
+    judge_training=LONG,
+    retrain=True,
+    seeds=3,  # the paper gives single numbers
+)
+
+GPU = replace(
+    PAPER,
+    name="gpu",
+    teacher_training=Training(60, 256, 0.2, 5e-4, 0, 4, True),
+    judge_training=Training(60, 256, 0.2, 5e-4, 0, 4, True),
+    inversion=Inversion(images=2560, schedule="cosine", steps=1000, compile="always"),
+    sweep=Sweep(images=1024, bare=1024),
+)
+
+CPU = replace(
+    PAPER,
+    name="cpu",
+    teacher="resnet_small",
+    judge="vgg_small",
+    teacher_training=Training(30, 256, 0.2, 5e-4, 15, 4, True),
+    judge_training=Training(20, 256, 0.2, 5e-4, 10, 4, True),
+    retrain=False,
+    inversion=Inversion(steps=120, rate=0.1, schedule="cosine", images=512, batch=256, compile="always"),
+    sweep=Sweep(images=256, bare=128),
+)
+
+SMOKE = replace(
+    CPU,
+    name="smoke",
+    dataset="digits",
+    teacher="resnet_digits",
+    judge="vgg_digits",
+    teacher_training=Training(8, 64, 0.1, 5e-4, 0, 1, False),
+    judge_training=Training(8, 64, 0.1, 5e-4, 0, 1, False),
+    retrain=True,
+    seeds=2,
+    inversion=Inversion(
+        steps=200,
+        rate=0.3,
+        schedule="cosine",
+        jitter=0,  # at 8x8 a shift by two pixels is a quarter of the digit
+        flip=False,
+        batch=64,
+        images=128,
+        compile="never",
+    ),
+    weights=Weights(feature=0.1, feature_kl=10.0),
+    sweep=Sweep(images=64, features=(0.0, 0.01, 0.1, 1.0), real=(10, 100, 500), batches=(16, 64), bare=64),
+)
+
+_ALL = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU, "paper": PAPER}
+
+
+def load_profile(name: str = "auto", overrides: Mapping[str, Any] | None = None) -> Profile:
+    """The profile of this name, with single settings replaced.
+
+    Args:
+        name: smoke, cpu, gpu or paper; "auto" is the environment variable DINV_PROFILE where it is
+            set, else gpu where CUDA is, else cpu.
+        overrides: settings by dotted name, as `--set` gives them: {"inversion.steps": 400}. Text is
+            read as a Python literal of the setting's type.
+
+    Raises:
+        ValueError: unknown profile or setting (the message names the nearest and lists all), or a
+            value of the wrong type or out of range.
+    """
+    if name == "auto":
+        name = os.environ.get("DINV_PROFILE") or ("gpu" if _cuda() else "cpu")
+    if name not in _ALL:
+        raise ValueError(f"unknown profile {name!r}{_near(name, _ALL)} The profiles are {', '.join(_ALL)}")
+    profile = _ALL[name]
+    for key, value in (overrides or {}).items():
+        profile = _override(profile, key, value)
+    return profile
+
+
+def as_dict(profile: Any) -> dict[str, Any]:
+    """A profile, or a part of one, as a plain nested dictionary."""
+    return dataclasses.asdict(profile)
+
+
+def flat(profile: Profile) -> dict[str, Any]:
+    """Settings by dotted name."""
+    rows: dict[str, Any] = {}
+    for key, value in as_dict(profile).items():
+        if isinstance(value, dict):
+            rows.update({f"{key}.{inner}": v for inner, v in value.items()})
+        else:
+            rows[key] = value
+    return rows
+
+
+def _override(profile: Profile, key: str, value: Any) -> Profile:
+    settings = flat(profile)
+    if key not in settings or key == "name":
+        names = [name for name in settings if name != "name"]
+        raise ValueError(f"unknown setting {key!r}{_near(key, names)} The settings are {', '.join(names)}")
+    value = _convert(key, value, settings[key])
+    if "." not in key:
+        return replace(profile, **{key: value})
+    part, inner = key.split(".")
+    return replace(profile, **{part: replace(getattr(profile, part), **{inner: value})})
+
+
+def _convert(key: str, value: Any, old: Any) -> Any:
+    wanted = type(old)
+    if isinstance(value, str) and wanted is not str:
+        text = {"true": "True", "false": "False"}.get(value.lower(), value)
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            raise ValueError(_mistyped(key, value, old)) from None
+    if wanted is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(key, item, old[0]) for item in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        raise ValueError(_mistyped(key, value, old))
+    if wanted in (int, float) and not 0 <= value < float("inf"):
+        raise ValueError(f"setting {key}={value} must be finite and not negative")
+    return value
+
+
+def _mistyped(key: str, value: Any, old: Any) -> str:
+    return f"setting {key}={value!r} must be {type(old).__name__}, like {old!r}"
+
+
+def _near(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f": did you mean {near[0]}?" if near else "."
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
