@@ -52,7 +52,7 @@ def image_grids(
         1, len(grids), figsize=(side * len(grids), side * height / width + 0.7), squeeze=False
     )
     for index, (axis, (name, canvas)) in enumerate(zip(axes[0], canvases.items(), strict=True)):
-        axis.imshow(canvas, interpolation="nearest")
+        axis.imshow(canvas.numpy(), interpolation="nearest")
         axis.set_title(f"{name}\n{titles[index]}" if titles else name, fontsize=9)
         axis.axis("off")
     figure.tight_layout()
@@ -99,7 +99,7 @@ def film_strip(strips: Mapping[str, Tensor], steps: Sequence[int], names: Sequen
     figure, axes = plt.subplots(len(strips), 1, figsize=(columns * 1.05, len(strips) * count * 1.08))
     for axis, (name, strip) in zip(_list(axes), strips.items(), strict=True):
         canvas = tile(strip.transpose(0, 1).flatten(0, 1), columns)
-        axis.imshow(canvas, interpolation="nearest")
+        axis.imshow(canvas.numpy(), interpolation="nearest")
         pitch = canvas.shape[1] / columns
         axis.set_xticks([pitch * (i + 0.5) for i in range(columns)], [str(s) for s in steps], fontsize=8)
         pitch = canvas.shape[0] / count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def synthesize(
 
         return callback if checkpoint is not None else None
 
+    next_save = 0.0
     for number in range(len(done), len(parts)):
         result = invert(
             teacher,
@@ -135,11 +137,14 @@ def synthesize(
         losses = new if number == 0 else losses + (new - losses) / (number + 1)
         if number == 0 and snapshots:
             taken = torch.stack([to_uint8(result.snapshots[s]) for s in snapshots])
-        if checkpoint is not None:
+        if checkpoint is not None and time.monotonic() >= next_save:
+            began = time.monotonic()
             checkpoint.save(
                 {"images": torch.cat(done), "losses": losses, "snapshots": taken},
                 {"terms": list(terms)},
             )
+            # A checkpoint holds all images so far: saves of a large pool keep to a tenth of the time.
+            next_save = time.monotonic() + 10 * (time.monotonic() - began)
     return Pool(torch.cat(done), labels.cpu(), losses, taken, terms, tuple(snapshots))
 
 

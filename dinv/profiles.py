@@ -38,7 +38,7 @@ class Inversion:
     rate: float = 0.05
     schedule: str = "constant"
     jitter: int = 2
-    flip: bool = True
+    flip: bool = False  # the paper flips on ImageNet only
     batch: int = 256
     images: int = 256_000  # of each kind and seed
     compile: str = "auto"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.datasets import Dataset, augment
-from dinv.models import Classifier
+from dinv.models import Classifier, evaluating
 
 VERSION = 1  # part of a cached training's key: raise it when the same settings give other weights
 
@@ -184,17 +184,15 @@ def predict(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
         raise ValueError("predict was given an empty batch: at least one image is needed")
     if isinstance(model, Classifier):
         model.check(images)
+    if isinstance(model, Classifier):
+        model.check(images)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     logits = []
-    try:
+    with evaluating(model):
         for part in images.split(batch):
             part = part.to(device)
             part = part.float().div_(255) if part.dtype == torch.uint8 else part
             logits.append(model(part.contiguous(memory_format=torch.channels_last)).float())
-    finally:
-        model.train(was_training)
     return torch.cat(logits)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,18 @@ class Classifier(nn.Module):
             )
         if images.shape[0] == 0:
             raise ValueError(f"{self.name} was given an empty batch: at least one image is needed")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode while open; afterwards every module has its own mode back, a frozen BatchNorm too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -88,7 +88,10 @@ def create_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's as well
         if name not in NETWORKS:
-            return load_pretrained(name, pretrained=False).to(memory_format=torch.channels_last)
+            model = load_pretrained(name, pretrained=False)
+            if classes is not None:
+                raise ValueError(f"classes can be chosen for {', '.join(NETWORKS)}, not for {name!r}")
+            return model.to(memory_format=torch.channels_last)
         classes = spec.classes if classes is None else tuple(classes)
         net = NETWORKS[name](len(classes), len(spec.mean))
     model = Classifier(net, spec.mean, spec.std, spec.size, classes, name)
@@ -144,7 +147,8 @@ def load_weights(model: Classifier, path: str | Path) -> Classifier:
         raise CorruptCheckpoint(f"{path} cannot be read ({error}): fetch it again") from error
     except Exception as error:  # what an unpickler refuses has no common base class
         raise CorruptCheckpoint(f"{path} is not a plain state dictionary ({error})") from error
-    tensors = {k: v for k, v in state.items() if torch.is_tensor(v)} if isinstance(state, dict) else {}
+    items = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in items if isinstance(k, str) and torch.is_tensor(v)}
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise CorruptCheckpoint(f"{path} holds values that are not finite, in {bad[0]}")

@@ -47,6 +47,7 @@ def ship(
             f"{LARGEST_FILE / 1e6:.0f} MB a file and {LARGEST_TOTAL / 1e6:.0f} MB in all are shipped"
         )
     save_file(state, path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
     manifest_path = folder / "manifest.json"
     manifest: dict[str, Any] = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
     manifest[model.name] = {

@@ -1,0 +1,90 @@
+"""The notebooks as they are committed: their form, their outputs, their checked cells."""
+
+import ast
+import json
+
+import nbformat
+import pytest
+
+from dinv.runs import repository_root
+
+NOTEBOOKS = sorted((repository_root() / "notebooks").glob("[0-9]*.ipynb"))
+MARK = "# NBVAL_CHECK_OUTPUT"
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text_of(cell):
+    return "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS][:3] == ["00_teacher", "01_deepdream", "02_feature_statistics"]
+
+
+def test_one_parameters_cell_of_plain_literals(notebook):
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    names = {}
+    for statement in ast.parse(tagged[0].source).body:
+        assert isinstance(statement, ast.Assign)
+        names[statement.targets[0].id] = ast.literal_eval(statement.value)
+    assert names == {"profile": "auto", "seeds": 0, "overrides": {}}
+
+
+def test_at_least_four_checked_cells_none_empty(notebook):
+    checked = [cell for cell in code_cells(notebook) if cell.source.startswith(MARK)]
+    assert len(checked) >= 4
+    for cell in checked:
+        assert text_of(cell).strip(), f"nothing to compare in:\n{cell.source}"
+
+
+def test_committed_outputs_are_whole_and_clean(notebook):
+    for cell in code_cells(notebook):
+        assert cell.execution_count is not None, f"not executed:\n{cell.source}"
+        for output in cell.outputs:
+            assert output.output_type != "error", f"{output.get('evalue')} in:\n{cell.source}"
+            assert output.get("name") != "stderr", f"stderr in:\n{cell.source}"
+    assert "no band" not in json.dumps(notebook) and "OUT OF BAND" not in json.dumps(notebook)
+
+
+def test_checked_cells_say_nothing_that_changes_with_the_profile(notebook):
+    """A digit in a checked line would differ between the profiles, except for counts that cannot."""
+    for cell in code_cells(notebook):
+        if cell.source.startswith(MARK):
+            for line in text_of(cell).splitlines():
+                if "band" in line:
+                    assert line.endswith(": within band")
+
+
+def test_form(notebook):
+    first, text = notebook.cells[0], "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert first.cell_type == "markdown" and first.source.startswith("# ") and "**" in first.source
+    for heading in ("## What you will learn", "**Time.**", "## Take away", "## Exercises", "## References"):
+        assert heading in text, heading
+    assert text.count("<details>") >= 2 and text.count("<details>") == text.count("</details>")
+
+
+def test_code_cells_are_short_and_led_in(notebook):
+    for before, cell in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if cell.cell_type == "code":
+            assert cell.source.count("\n") < 30, cell.source
+            assert before.cell_type in ("markdown", "code")
+
+
+def test_every_band_belongs_to_a_checked_line():
+    bands = json.loads((repository_root() / "tests" / "bands.json").read_text())
+    sources = "\n".join(
+        cell.source for path in NOTEBOOKS for cell in code_cells(nbformat.read(path, as_version=4))
+    )
+    for profile, names in bands.items():
+        for name, (low, high) in names.items():
+            assert f'run.check("{name}"' in sources, f"{profile}: {name} is never checked"
+            assert low <= high
