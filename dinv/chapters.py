@@ -13,7 +13,6 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from dinv import figures, inversion, training
-from dinv._store import sha256_tensors, stored
 from dinv.datasets import load_dataset
 from dinv.inversion import InversionSettings, balanced_labels
 from dinv.models import Classifier, create_model, load_model, shipped_models
@@ -21,6 +20,7 @@ from dinv.objectives import Objective
 from dinv.pool import Pool, synthesize
 from dinv.profiles import Profile, load_profile
 from dinv.runs import Result, Run
+from dinv.store import sha256_tensors, stored
 from dinv.training import TrainingSettings
 
 

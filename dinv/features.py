@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dinv._store import sha256_tensors
+from dinv.models.classifier import evaluating
+from dinv.store import sha256_tensors
 
 
 class NoBatchNorm(ValueError):
@@ -160,20 +161,15 @@ def measure_statistics(
     device = next(model.parameters()).device
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        with recorded(model, layers) as features:
-            for part in images.split(batch):
-                part = part.to(device)
-                model(part.float().div_(255) if part.dtype == torch.uint8 else part)
-                weight = part.shape[0] / images.shape[0]
-                for name in layers:
-                    mean, variance = (m.double() for m in moments(features[name]))
-                    first[name] = first.get(name, 0) + weight * mean
-                    second[name] = second.get(name, 0) + weight * (variance + mean**2)
-    finally:
-        model.train(was_training)
+    with evaluating(model), recorded(model, layers) as features:
+        for part in images.split(batch):
+            part = part.to(device)
+            model(part.float().div_(255) if part.dtype == torch.uint8 else part)
+            weight = part.shape[0] / images.shape[0]
+            for name in layers:
+                mean, variance = (m.double() for m in moments(features[name]))
+                first[name] = first.get(name, 0) + weight * mean
+                second[name] = second.get(name, 0) + weight * (variance + mean**2)
     return Statistics(
         layers,
         tuple(first[n].float() for n in layers),

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinv._store import Corrupt, canonical_json, read_tensors, sha256_tensors, write_tensors
 from dinv.inversion import InversionSettings, Progress, check_labels, invert
 from dinv.models import Classifier
 from dinv.objectives import Objective, Term
 from dinv.step import compiling_pays
+from dinv.store import Corrupt, canonical_json, read_tensors, sha256_tensors, stored, write_tensors
 
 
 class CorruptPool(RuntimeError):
@@ -46,7 +46,7 @@ class Pool:
 
     def tensors(self) -> dict[str, Tensor]:
         names = ("images", "labels", "losses", "snapshots")
-        return {name: getattr(self, name).cpu().contiguous() for name in names}
+        return stored({name: getattr(self, name) for name in names})
 
     def meta(self) -> dict[str, Any]:
         return {"terms": list(self.terms), "snapshot_steps": list(self.snapshot_steps)}

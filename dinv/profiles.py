@@ -116,7 +116,7 @@ CPU = replace(
     teacher="resnet_small",
     judge="vgg_small",
     teacher_training=Training(30, 256, 0.2, 5e-4, 15, 4, True),
-    judge_training=Training(20, 256, 0.2, 5e-4, 10, 4, True),
+    judge_training=Training(18, 256, 0.2, 5e-4, 9, 4, True),
     retrain=False,
     inversion=Inversion(steps=120, rate=0.1, schedule="cosine", images=512, batch=256, compile="always"),
     sweep=Sweep(images=256, bare=128),

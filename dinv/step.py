@@ -88,7 +88,7 @@ class Step:
         try:
             return self._terms(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
             warnings.warn(f"going on without compilation: {reason}", RuntimeWarning, stacklevel=4)
             self.compiled = False
             self.features.clear()

@@ -57,7 +57,7 @@ def test_pool_depends_on_objective_seed_and_teacher_and_nothing_else(run):
     def key(objective=objective, seed=0, teacher=teacher):
         return chapters.pool(run, "p", teacher, objective, seed=seed)[1]
 
-    first = key()
+    key()
     assert key().cached
     assert not key(seed=1).cached
     assert not key(objective=CrossEntropy() + 0.2 * FeatureStatistics()).cached
@@ -84,7 +84,7 @@ def test_a_pool_reaches_no_dataset(run, monkeypatch):
 
     monkeypatch.setattr("dinv.chapters.load_dataset", no_data)
     monkeypatch.setattr("dinv.datasets.load_dataset", no_data)
-    monkeypatch.setattr("dinv.datasets._download.arrays", no_data)
+    monkeypatch.setattr("dinv.datasets.download.arrays", no_data)
     pool, _ = chapters.pool(run, "blind", teacher, CrossEntropy() + 0.1 * FeatureStatistics())
     assert len(pool) == 16
     with pytest.raises(AssertionError, match="asked for data"):  # the guard is a guard

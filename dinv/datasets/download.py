@@ -29,7 +29,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from dinv._formats import (
+from dinv.datasets.formats import (
     CIFAR10_PNG,
     CIFAR10_PYTHON,
     MNIST_IDX,
@@ -40,7 +40,7 @@ from dinv._formats import (
     digits,
     verified,
 )
-from dinv._store import locked, make_folder
+from dinv.store import locked, make_folder
 
 PROBE_SECONDS = 8  # how long a remote route may take to give its first answer
 STALL_SECONDS = 30  # how long a download may be silent

@@ -1,6 +1,6 @@
 """CIFAR-10, MNIST and scikit-learn's digits: whole in memory as uint8, verified by checksum.
 
-``load_dataset`` finds or fetches the data (see ``dinv/_download.py`` for the routes), ``Dataset``
+``load_dataset`` finds or fetches the data (see ``dinv/datasets/download.py`` for the routes), ``Dataset``
 holds them on one device, ``augment`` crops and flips a whole batch in one gather. There are no
 worker processes: 180 MB fit into memory, and a batch is one advanced indexing away.
 """
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinv import _download
-from dinv._download import SPLITS, DatasetUnavailable
-from dinv._store import repository_root
+from dinv.datasets import download
+from dinv.datasets.download import SPLITS, DatasetUnavailable
+from dinv.store import repository_root
 
 __all__ = [
     "DATASETS", "SPLITS", "Dataset", "DatasetUnavailable", "augment", "data_root", "load_dataset",
@@ -211,7 +211,7 @@ def load_dataset(name: str, split: str, device: torch.device | str = "cpu") -> D
     _known("dataset", name, DATASETS)
     _known("split", split, SPLITS)
     device = torch.device(device)  # a misspelt device before a download, not after
-    images, labels = _download.arrays(name, split, data_root())
+    images, labels = download.arrays(name, split, data_root())
     return Dataset(name, split, images, labels, DATASETS[name]).to(device)
 
 
