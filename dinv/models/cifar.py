@@ -49,7 +49,7 @@ def vgg(plan: list[int | str], classes: int, channels: int = 3) -> nn.Sequential
     layers: list[nn.Module] = []
     for item in plan:
         if item == "M":
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # images smaller than 32x32 go through, too
         else:
             layers += [conv3x3(channels, item), nn.BatchNorm2d(item), nn.ReLU()]
             channels = item
