@@ -63,7 +63,7 @@ class Mask(Term):
 
 def test_images_are_float32_nchw_in_0_to_1_and_the_teacher_takes_them_for_their_labels(tiny):
     teacher = tiny()
-    result = invert(teacher, LABELS, CrossEntropy(), replace(PLAIN, steps=150))
+    result = invert(teacher, LABELS, CrossEntropy(), replace(STILL, steps=150))
     images = result.images
     assert images.shape == (6, 3, 8, 8) and images.dtype == torch.float32 and images.is_contiguous()
     assert images.min() >= 0 and images.max() <= 1 and not images.requires_grad
@@ -641,7 +641,6 @@ def test_operations_of_an_inversion(tiny):
     assert inversion_flops(tiny(), ((10, 4), (3, 8))) == pytest.approx(once * (10 / 4 + 3))
 
 
-@pytest.mark.slow  # the compiler takes half a minute
 def test_the_compiled_step_agrees_with_the_plain_one(tiny):
     """With the real compiler. Adam magnifies rounding, so the losses are compared, not the pixels."""
     if not step.compiler_available(torch.device("cpu")):

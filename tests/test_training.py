@@ -184,6 +184,19 @@ def test_the_rate_rises_to_its_peak_and_falls_to_zero():
         assert all(0 < rate <= 0.4 for rate in other)
 
 
+def test_every_update_has_its_rate(data, monkeypatch):
+    used, original = [], training.optimizer_for
+
+    def watched(*given):
+        optimizer = original(*given)
+        optimizer.register_step_pre_hook(lambda o, *_: used.append([g["lr"] for g in o.param_groups]))
+        return optimizer
+
+    monkeypatch.setattr(training, "optimizer_for", watched)
+    train(fresh(), data, SETTINGS, generator())
+    assert used == [2 * [learning_rate(SETTINGS, step, 16)] for step in range(16)]
+
+
 def test_weights_decay_and_biases_and_batchnorm_do_not(tiny):
     model = tiny()
     before = state_of(model)
