@@ -149,8 +149,8 @@ def start(
 
 
 def settings_table(profile: Profile, *parts: str) -> pd.DataFrame:
-    """The profile's settings beside the paper's; `parts` keeps those whose names begin so."""
-    rows = [row for row in profile.table() if not parts or row[0].startswith(parts)]
+    """The profile's settings beside the paper's; `parts` keeps these settings and groups of settings."""
+    rows = [row for row in profile.table() if not parts or {row[0], row[0].partition(".")[0]} & set(parts)]
     return pd.DataFrame(rows, columns=["setting", f"{profile.name} profile", "paper"]).set_index("setting")
 
 

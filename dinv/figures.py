@@ -6,6 +6,7 @@ Images come as uint8 or as float in [0, 1], NCHW. Nothing here computes a result
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -126,7 +127,9 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[str], Tensor]]) -> Figure:
             if name in terms:
                 line = values[:, list(terms).index(name)]
                 axis.plot(range(1, len(line) + 1), line, label=method, color=color_of(method))
-        axis.set_yscale("log")
+        drawn = torch.cat([torch.as_tensor(line.get_ydata()) for line in axis.lines])
+        if drawn.min() > 0 and drawn.max() > 20 * drawn.min():
+            axis.set_yscale("log")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("iteration")
     axes[0][0].set_ylabel("unweighted value")
@@ -156,7 +159,7 @@ def accuracy_bars(
     ylabel: str = "top-1 accuracy, %",
     chance: float = 0.0,
 ) -> Figure:
-    """Accuracies as bars with their sample deviation: groups along x, one colour a judge.
+    """Accuracies as bars, with their sample deviation where n > 1: groups along x, one colour a judge.
 
     Args:
         groups: x label -> judge -> one accuracy a seed, percent.
@@ -169,14 +172,14 @@ def accuracy_bars(
         places = [i + (offset - (len(judges) - 1) / 2) * width for i in range(len(groups))]
         values = [torch.tensor(list(group[judge])) for group in groups.values()]
         heights = [v.mean().item() for v in values]
-        spread = [v.std().item() if len(v) > 1 else 0 for v in values]
+        spread = [v.std().item() if len(v) > 1 else math.nan for v in values]
         axis.bar(places, heights, width * 0.95, yerr=spread, capsize=3, label=judge)
     if chance:
         axis.axhline(chance, color="0.5", ls=":", lw=1, label="chance")
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axis.set_ylabel(ylabel)
     axis.set_ylim(0, 105)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()
     return figure
 
@@ -207,7 +210,7 @@ def color_of(name: str) -> str | None:
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """The figure as PNG bytes without metadata that changes from run to run; closes the figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
 

@@ -121,7 +121,7 @@ CPU = replace(
     inversion=Inversion(steps=80, rate=0.2, schedule="cosine", images=512, compile="always"),
     # The paper's 10 wants the paper's 2,000 steps: in 80 the teacher would not be satisfied any more.
     weights=Weights(feature=1.0, feature_kl=10.0),
-    sweep=Sweep(images=256, bare=128),
+    sweep=Sweep(images=256, batches=(16, 256), bare=128),
 )
 
 SMOKE = replace(
@@ -218,6 +218,8 @@ def _convert(key: str, value: Any, old: Any) -> Any:
         raise ValueError(_mistyped(key, value, old))
     if wanted in (int, float) and not 0 <= value < float("inf"):
         raise ValueError(f"setting {key}={value} must be finite and not negative")
+    if value == 0 and key == "seeds":
+        raise ValueError("setting seeds=0: at least one seed is needed")
     return value
 
 

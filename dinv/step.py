@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import warnings
@@ -40,6 +41,8 @@ class Step:
         self.objective = objective
         self.weights = objective.weights
         watch(self.teacher, objective.layers(), self.features)
+        if compiled and self.teacher.mean.device.type == "cpu":
+            _quiet_without_cuda()
         self._terms = torch.compile(own_code(self._forward), dynamic=False) if compiled else None
 
     @property
@@ -147,6 +150,11 @@ def own_code(method: MethodType) -> MethodType:
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
     )
     return MethodType(copied, method.__self__)
+
+
+def _quiet_without_cuda() -> None:
+    """Where CUDA's tools are installed but no driver is, compiling for the CPU warns of that."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def compiler_available(device: torch.device) -> bool:

@@ -184,8 +184,6 @@ def predict(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
         raise ValueError("predict was given an empty batch: at least one image is needed")
     if isinstance(model, Classifier):
         model.check(images)
-    if isinstance(model, Classifier):
-        model.check(images)
     device = next(model.parameters()).device
     logits = []
     with evaluating(model):

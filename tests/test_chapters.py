@@ -101,4 +101,6 @@ def test_settings_table_puts_the_papers_number_beside(run):
     table = chapters.settings_table(load_profile("cpu"), "inversion")
     assert list(table.columns) == ["cpu profile", "paper"]
     assert table.loc["inversion.steps", "paper"] == 2000
-    assert all(name.startswith("inversion") for name in table.index)
+    assert all(name.startswith("inversion.") for name in table.index)
+    one_and_one = chapters.settings_table(load_profile("cpu"), "teacher", "seeds")
+    assert list(one_and_one.index) == ["teacher", "seeds"]

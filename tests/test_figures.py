@@ -63,6 +63,9 @@ def test_loss_curves_leave_out_what_a_method_has_not():
 def test_accuracy_bars_show_mean_and_deviation():
     figure = figures.accuracy_bars({"x": {"judge": [40.0, 60.0]}, "y": {"judge": [80.0]}}, chance=10)
     assert [bar.get_height() for bar in figure.axes[0].patches] == [50.0, 80.0]
+    (errors,) = figure.axes[0].collections
+    several, single = errors.get_segments()
+    assert several[0, 1] < 50 < several[1, 1] and not len(single)  # one value has no deviation
     figures.png(figure)
 
 
