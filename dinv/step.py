@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinv.features import watch
-from dinv.models import Classifier
+from dinv.models import Classifier, autocast
 from dinv.objectives import Objective, View
 
 if TYPE_CHECKING:
@@ -59,11 +59,14 @@ class Step:
 
     def _forward(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         terms = self.objective.terms(self._view(pixels, labels))
+        # Left in the dictionary, the features would be results of the compiled graph, each with a gradient
+        # of zeros to be made and copied: a fifth of a step.
+        self.features.clear()
         return terms @ weights, terms
 
     def _view(self, pixels: Tensor, labels: Tensor) -> View:
         teacher = self.teacher
-        with torch.autocast("cuda", torch.bfloat16, enabled=pixels.is_cuda):
+        with autocast(pixels.device):
             logits = teacher.net(pixels)
         return View(pixels, labels, logits, self.features, pixels * teacher.std + teacher.mean)
 
@@ -71,7 +74,6 @@ class Step:
         pixels = pixels.detach().requires_grad_(True)
         total, terms = self._run(pixels, labels, weights)
         (gradient,) = torch.autograd.grad(total, pixels)
-        self.features.clear()  # they hold the whole graph
         return terms.detach(), gradient
 
     def culprit(self, pixels: Tensor, labels: Tensor) -> str:

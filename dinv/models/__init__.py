@@ -1,6 +1,6 @@
 """Networks: one name space, one kind of object (`Classifier`)."""
 
-from dinv.models.classifier import Classifier, evaluating, parameter_count
+from dinv.models.classifier import Classifier, autocast, evaluating, parameter_count
 from dinv.models.registry import (
     DOMAINS,
     NETWORKS,
@@ -12,6 +12,6 @@ from dinv.models.registry import (
 )
 
 __all__ = [
-    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "create_model", "evaluating", "load_model",
-    "load_weights", "parameter_count", "shipped_models",
+    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "autocast", "create_model", "evaluating",
+    "load_model", "load_weights", "parameter_count", "shipped_models",
 ]  # fmt: skip
