@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -174,7 +175,7 @@ def invert(
         for index in range(steps):
             if done in snapshots:
                 taken[done] = to_images(pixels)
-            seen, restore = _augment(pixels, settings, generator)
+            seen, restore = jittered(pixels, settings, generator)
             terms, gradient = step(seen, labels, weights)
             value = terms @ weights
             best_pixels = torch.where(value < best, pixels, best_pixels)
@@ -190,7 +191,7 @@ def invert(
             done += 1
             if done % every == 0 or index == steps - 1:
                 since = max(0, done - every)
-                _require_finite(history[:done], since, step.names, partial(step.culprit, suspect, labels))
+                require_finite(history[:done], since, step.names, partial(step.culprit, suspect, labels))
             if callback is not None and (done % every == 0 or done == total):
                 newest = dict(zip(step.names, history[done - 1].tolist(), strict=False))
                 callback(Progress(done, total, newest, partial(to_images, pixels)))
@@ -234,8 +235,8 @@ def _rate(settings: InversionSettings, index: int, steps: int) -> float:
     return settings.rate * 0.5 * (1 + math.cos(math.pi * index / steps))
 
 
-def _augment(
-    pixels: Tensor, settings: InversionSettings, generator: torch.Generator
+def jittered(
+    pixels: Tensor, settings: Any, generator: torch.Generator
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Roll the batch and flip some images; also the way back for the gradient.
 
@@ -259,7 +260,7 @@ def _augment(
     return seen.contiguous(memory_format=torch.channels_last), restore
 
 
-def _require_finite(
+def require_finite(
     history: Tensor, since: int, names: Sequence[str], culprit: Callable[[], str]
 ) -> None:
     """Raise NotFinite at the first row from `since` on that is not: its terms, then their gradient."""

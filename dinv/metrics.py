@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinv.features import (
     Statistics,
@@ -14,7 +16,10 @@ from dinv.features import (
 from dinv.models import Classifier
 from dinv.training import accuracy, predict
 
-__all__ = ["accuracy", "agreement", "confidence", "feature_distances", "predict"]
+__all__ = [
+    "Cover", "accuracy", "agreement", "confidence", "confusion", "cover", "embed", "feature_distances",
+    "nearest", "predict",
+]  # fmt: skip
 
 
 def feature_distances(
@@ -55,3 +60,79 @@ def confidence(model: Classifier, images: Tensor) -> float:
 def agreement(one: Classifier, other: Classifier, images: Tensor) -> float:
     """Percent of the images that two networks put into the same class, right or wrong."""
     return 100 * (predict(one, images).argmax(1) == predict(other, images).argmax(1)).float().mean().item()
+
+
+def confusion(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """Confusion matrix (K, K), float32: row k holds, in percent, what the network makes of class k."""
+    classes = len(model.classes)
+    said = predict(model, images).argmax(1).cpu()
+    counts = (labels.cpu() * classes + said).bincount(minlength=classes**2).view(classes, classes).float()
+    return 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+
+
+# ---- in the space of features ----------------------------------------------------------------------
+
+
+def embed(model: Classifier, images: Tensor) -> Tensor:
+    """What the network's last linear layer sees, float32 (N, D): images that mean the same lie close.
+
+    Raises:
+        ValueError: the network has no linear layer.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{model.name} has no linear layer, so no embedding before it")
+    seen: list[Tensor] = []
+    handle = linear[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1)))
+    try:
+        predict(model, images)
+    finally:
+        handle.remove()
+    return torch.cat(seen).float()
+
+
+@dataclass(frozen=True)
+class Cover:
+    """How a set of images lies to real ones in an embedding; shares in [0, 1], density from 0 up.
+
+    Attributes:
+        precision, recall: the share of the images near a real one, and of the real ones near an image
+            (Kynkaanniemi et al., NeurIPS 2019).
+        density, coverage: in how many real neighbourhoods an image lies, over k, and the share of real
+            neighbourhoods that have an image (Naeem et al., ICML 2020).
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def cover(real: Tensor, made: Tensor, k: int = 5) -> Cover:
+    """Precision, recall, density and coverage of `made` (M, D) for `real` (N, D).
+
+    A point's neighbourhood is the ball that reaches its k-th nearest neighbour in its own set.
+
+    Raises:
+        ValueError: a set has no k neighbours.
+    """
+    if not 1 <= k < min(len(real), len(made)):
+        raise ValueError(f"{k} neighbours want more points in each set than {len(real)} and {len(made)}")
+
+    def radii(points: Tensor) -> Tensor:
+        return torch.cdist(points, points).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+
+    apart = torch.cdist(real, made)  # (N, M)
+    in_real, in_made = apart <= radii(real)[:, None], apart <= radii(made)[None, :]
+    return Cover(
+        precision=in_real.any(0).float().mean().item(),
+        recall=in_made.any(1).float().mean().item(),
+        density=in_real.sum(0).float().mean().item() / k,
+        coverage=in_real.any(1).float().mean().item(),
+    )
+
+
+def nearest(points: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Distances and indices (N, count) of the nearest of `among` (M, D) to each of `points` (N, D)."""
+    parts = [torch.cdist(part, among).topk(count, largest=False) for part in points.split(1024)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.features import DISTANCES, Statistics, at_least_float32, batchnorm_statistics, moments
+from dinv.models.classifier import Classifier, autocast
+from dinv.store import sha256_tensors, stored
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,65 @@ class FeatureStatistics(Term):
             part = distance(mean, variance, mean0, variance0)
             total = total + (self.first * part if index == 0 else part)
         return total
+
+
+class Competition(Term):
+    """R_compete(x) = 1 - JS(p_T(x), p_S(x)): images on which teacher and student disagree cost less.
+
+    Paper, equation 5; see `jensen_shannon`. The student is copied, frozen and in eval mode, whenever an
+    inversion begins: train it further, and the next inversion competes with what it has become.
+
+    Args:
+        student: a network over the teacher's classes. It sees the images in [0, 1].
+        agreeing: count only images that both put into the same class, as Fast-DFKD (Fang et al., AAAI 2022)
+            does: where they disagree already there is nothing to gain.
+    """
+
+    name = "competition"
+
+    def __init__(self, student: Classifier, agreeing: bool = False) -> None:
+        self.student, self.agreeing = student, agreeing
+
+    def bind(self, teacher: nn.Module) -> Competition:
+        classes = [len(net.classes) for net in (teacher, self.student)]
+        if classes[0] != classes[1]:
+            raise ValueError(
+                f"teacher and student compete over the same classes, got {classes[0]} and {classes[1]}"
+            )
+        student = copy.deepcopy(self.student).freeze().to(next(teacher.parameters()).device)
+        return Competition(student.to(memory_format=torch.channels_last), self.agreeing)
+
+    def signature(self) -> tuple:
+        shapes = tuple(tensor.shape for tensor in self.tensors())
+        return (type(self), self.agreeing, type(self.student.net), repr(self.student), shapes)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.student.state_dict().values())
+
+    def config(self) -> dict[str, Any]:
+        student = sha256_tensors(stored(self.student.state_dict()), "")
+        return {"term": self.name, "student": student, "agreeing": self.agreeing}
+
+    def __call__(self, view: View) -> Tensor:
+        with autocast(view.pixels.device):
+            logits = self.student(view.images)
+        divergences = jensen_shannon(view.logits, logits)
+        if self.agreeing:
+            divergences = divergences * (view.logits.argmax(1) == logits.argmax(1))
+        return 1 - divergences.mean()
+
+
+def jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
+    """JS(p, q) = 1/2 KL(p | m) + 1/2 KL(q | m), m = (p + q) / 2, in nats, one an image.
+
+    From logits (N, K), in log space from end to end: no probability is clamped, so that an image counts
+    as much with a thousand classes as with ten, and one on which either network is certain still has
+    a finite gradient. Between 0 and ln 2.
+    """
+    log_p, log_q = (F.log_softmax(at_least_float32(logits), dim=1) for logits in (one, other))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    divergences = (log_x.exp() * (log_x - log_m) for log_x in (log_p, log_q))
+    return 0.5 * sum(d.sum(1) for d in divergences)
 
 
 def total_variation(pixels: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from dinv.inversion import InversionSettings, Progress, check_labels, invert
 from dinv.models import Classifier
 from dinv.objectives import Objective, Term
 from dinv.step import compiling_pays
-from dinv.store import Corrupt, canonical_json, read_tensors, sha256_tensors, stored, write_tensors
+from dinv.store import Corrupt, Sparingly, canonical_json, read_tensors, sha256_tensors, stored, write_tensors
 
 
 class CorruptPool(RuntimeError):
@@ -120,7 +119,7 @@ def synthesize(
 
         return callback if checkpoint is not None else None
 
-    next_save = 0.0
+    save = Sparingly(checkpoint)
     for number in range(len(done), len(parts)):
         result = invert(
             teacher,
@@ -137,14 +136,8 @@ def synthesize(
         losses = new if number == 0 else losses + (new - losses) / (number + 1)
         if number == 0 and snapshots:
             taken = torch.stack([to_uint8(result.snapshots[s]) for s in snapshots])
-        if checkpoint is not None and time.monotonic() >= next_save:
-            began = time.monotonic()
-            checkpoint.save(
-                {"images": torch.cat(done), "losses": losses, "snapshots": taken},
-                {"terms": list(terms)},
-            )
-            # A checkpoint holds all images so far: saves of a large pool keep to a tenth of the time.
-            next_save = time.monotonic() + 10 * (time.monotonic() - began)
+        so_far, names = {"losses": losses, "snapshots": taken}, {"terms": list(terms)}
+        save(lambda so_far=so_far, names=names: (so_far | {"images": torch.cat(done)}, names))
     return Pool(torch.cat(done), labels.cpu(), losses, taken, terms, tuple(snapshots))
 
 

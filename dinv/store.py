@@ -7,9 +7,11 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -199,6 +201,27 @@ def read_record(path: Path) -> dict:
     if not sound:
         raise Corrupt(f"{path} is corrupt (its checksum does not match)")
     return record
+
+
+class Sparingly:
+    """Saves a checkpoint that grows with the work, as often as its share of the time allows.
+
+    Args:
+        checkpoint: a `runs.Checkpoint`, or None, which is never saved.
+    """
+
+    share = 0.1
+
+    def __init__(self, checkpoint: Any):
+        self.checkpoint, self._next = checkpoint, 0.0
+
+    def __call__(self, make: Callable[[], tuple[Mapping[str, Tensor], Mapping]]) -> None:
+        """Save the tensors and the meta that `make` gives, if it is time."""
+        began = time.monotonic()
+        if self.checkpoint is not None and began >= self._next:
+            self.checkpoint.save(*make())
+            now = time.monotonic()
+            self._next = now + (now - began) / self.share
 
 
 @contextmanager

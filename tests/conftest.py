@@ -146,7 +146,7 @@ for number in range(6):
         continue
     os.environ["DINV_CACHE"] = {cache!r} + str(number)
     if number % 3 == 0:
-        inversion._augment = dying(inversion._augment, 15)  # of 6 steps a batch
+        inversion.jittered = dying(inversion.jittered, 15)  # of 6 steps a batch
         training.augment = dying(training.augment, 6)  # of 4 an epoch
     if number % 3 == 1:
         store.save_file = half

@@ -222,7 +222,7 @@ def test_augmentation_rolls_the_batch_and_mirrors_single_images():
         known[tuple(rolled.flip(2).flatten().tolist())] = (dy, dx, True)
     settings, draw, offsets, mirrored = InversionSettings(jitter=2), generator(), set(), 0
     for _ in range(200):
-        seen, _ = inversion._augment(image.expand(10, 1, 8, 8), settings, draw)
+        seen, _ = inversion.jittered(image.expand(10, 1, 8, 8), settings, draw)
         found = [known[tuple(x.flatten().tolist())] for x in seen]
         assert len({(dy, dx) for dy, dx, _ in found}) == 1
         offsets.add(found[0][:2])
@@ -236,7 +236,7 @@ def test_the_gradient_comes_back_by_the_inverse_permutation(jitter, flip):
     settings, draw = InversionSettings(jitter=jitter, flip=flip), generator(1)
     index = torch.arange(5 * 3 * 6 * 7, dtype=torch.float64).view(5, 3, 6, 7)
     for _ in range(20):
-        seen, restore = inversion._augment(index, settings, draw)
+        seen, restore = inversion.jittered(index, settings, draw)
         assert torch.equal(restore(seen), index)
         # the same by autograd: seen is index, gathered
         pixels = torch.randn(5, 3, 6, 7, generator=draw, dtype=torch.float64, requires_grad=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinv.features import measure_statistics
-from dinv.metrics import agreement, confidence, feature_distances
+from dinv.metrics import agreement, confidence, confusion, cover, embed, feature_distances, nearest, predict
 
 
 def some_images(n=22, seed=0):
@@ -73,3 +73,70 @@ def test_agreement_counts_equal_choices(tiny):
     assert 0 < same < 22  # else nothing is tested
     assert agreement(one, other, images) == pytest.approx(100 * same / 22)
     assert agreement(one, one, images) == 100
+
+
+# ---- confusion, embeddings, cover ------------------------------------------------------------------
+
+
+def test_confusion_is_a_count_in_percent_of_each_class(tiny):
+    model, images = tiny(), some_images(40)
+    labels = torch.arange(40) % 4  # none of class 4
+    said = predict(model, images).argmax(1)
+    found = confusion(model, images, labels)
+    for k in range(5):
+        for j in range(5):
+            among = said[labels == k]
+            expected = 100 * (among == j).float().mean().item() if len(among) else 0
+            assert found[k, j].item() == pytest.approx(expected)
+
+
+def test_an_embedding_is_what_the_last_linear_layer_sees(tiny, hooks):
+    model, images = tiny(), some_images()
+    found = embed(model, images)
+    assert found.shape == (22, 6) and hooks(model) == 0
+    torch.testing.assert_close(model.net[-1](found), predict(model, images))
+
+
+def by_hand(real, made, k):
+    """Precision, recall, density and coverage, point by point."""
+
+    def radius(points, i):
+        return sorted(float(np.linalg.norm(points[i] - p)) for p in points)[k]
+
+    def apart(a, b):
+        return float(np.linalg.norm(a - b))
+
+    reach, reach_made = ([radius(x, i) for i in range(len(x))] for x in (real, made))
+    precision = np.mean([any(apart(r, m) <= reach[i] for i, r in enumerate(real)) for m in made])
+    recall = np.mean([any(apart(r, m) <= reach_made[j] for j, m in enumerate(made)) for r in real])
+    density = np.mean([sum(apart(r, m) <= reach[i] for i, r in enumerate(real)) for m in made]) / k
+    coverage = np.mean([any(apart(r, m) <= reach[i] for m in made) for i, r in enumerate(real)])
+    return precision, recall, density, coverage
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 9.0])
+@pytest.mark.parametrize("k", [1, 5])
+def test_cover_against_a_count_by_hand(shift, k):
+    draw = np.random.RandomState(0)
+    real, made = draw.randn(30, 2), 0.7 * draw.randn(20, 2) + shift
+    found = cover(torch.tensor(real), torch.tensor(made), k)
+    assert vars(found) == pytest.approx(dict(zip(vars(found), by_hand(real, made, k), strict=True)), abs=1e-6)
+
+
+def test_cover_of_a_set_by_itself_is_whole_and_by_one_of_its_points_is_not():
+    points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    itself = cover(points, points)
+    assert itself.precision == itself.recall == itself.coverage == 1
+    one = cover(points, points[:1] + 1e-3 * torch.randn(50, 3, generator=torch.Generator().manual_seed(1)))
+    assert one.precision == 1 and one.recall < 0.1 and one.coverage < 0.4
+    with pytest.raises(ValueError, match="5 neighbours want more points in each set than 50 and 5"):
+        cover(points, points[:5])
+
+
+def test_nearest_against_a_search_by_hand():
+    points, among = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (7, 11))
+    distances, indices = nearest(points, among, 2)
+    for point, found, which in zip(points, distances, indices, strict=True):
+        apart = (among - point).norm(dim=1)
+        assert which.tolist() == apart.argsort()[:2].tolist()
+        torch.testing.assert_close(found, apart.sort().values[:2], rtol=1e-4, atol=1e-4)
