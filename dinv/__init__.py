@@ -8,10 +8,20 @@ images = invert(teacher, labels, objective, InversionSettings(steps=200)).images
 """
 
 from dinv.datasets import Dataset, load_dataset
+from dinv.distillation import DistillationSettings, PixelSource, ReadySource, distill
 from dinv.features import NoBatchNorm, Statistics, batchnorm_statistics, measure_statistics
+from dinv.generator import GeneratorSettings, GeneratorSource, generate
 from dinv.inversion import Inversion, InversionSettings, NotFinite, balanced_labels, invert
 from dinv.models import Classifier, create_model, load_model
-from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, Term, TotalVariation
+from dinv.objectives import (
+    Competition,
+    CrossEntropy,
+    FeatureStatistics,
+    L2Norm,
+    Objective,
+    Term,
+    TotalVariation,
+)
 from dinv.pool import Pool, synthesize
 from dinv.profiles import load_profile
 from dinv.runs import BudgetExceeded, Run
@@ -21,16 +31,22 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetExceeded",
     "Classifier",
+    "Competition",
     "CrossEntropy",
     "Dataset",
+    "DistillationSettings",
     "FeatureStatistics",
+    "GeneratorSettings",
+    "GeneratorSource",
     "Inversion",
     "InversionSettings",
     "L2Norm",
     "NoBatchNorm",
     "NotFinite",
     "Objective",
+    "PixelSource",
     "Pool",
+    "ReadySource",
     "Run",
     "Statistics",
     "Term",
@@ -38,6 +54,8 @@ __all__ = [
     "balanced_labels",
     "batchnorm_statistics",
     "create_model",
+    "distill",
+    "generate",
     "invert",
     "load_dataset",
     "load_model",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from dinv import figures, inversion, training
+from dinv import distillation, figures, generator, inversion, training
 from dinv.datasets import load_dataset
+from dinv.distillation import DistillationSettings, Source
+from dinv.generator import GeneratorSettings, GeneratorSource
 from dinv.inversion import InversionSettings, balanced_labels
 from dinv.models import Classifier, create_model, load_model, shipped_models
 from dinv.objectives import Objective
@@ -74,8 +77,8 @@ def trained(run: Run, role: str, seed: int = 0) -> tuple[Classifier, Result]:
 
     def make(checkpoint):
         data = load_dataset(profile.dataset, "train", device())
-        generator = torch.Generator().manual_seed(seed)
-        history = training.train(model, data, settings, generator, checkpoint)
+        draws = torch.Generator().manual_seed(seed)
+        history = training.train(model, data, settings, draws, checkpoint)
         return model.state_dict(), {"history": history}
 
     config = {"network": name, "dataset": profile.dataset, "seed": seed, **dataclasses.asdict(settings)}
@@ -129,6 +132,109 @@ def pool(
         "pool", f"{name}-seed{seed}", config, make, [digest(teacher)], version=inversion.VERSION
     )
     return Pool.of(result.tensors, result.meta), result
+
+
+def generated(
+    run: Run, name: str, source: GeneratorSource, rounds: int, seed: int = 0
+) -> tuple[Pool, Result]:
+    """A pool by a generator without a student, as a cached and resumable stage; meta: `seconds` a batch."""
+
+    def make(checkpoint):
+        images, seconds = generator.synthesize(source, rounds, checkpoint)
+        return {"images": images}, {"seconds": seconds}
+
+    config = {"source": source.config(), "rounds": rounds}
+    result = run.stage(
+        "pool", f"{name}-seed{seed}", config, make, [digest(source.teacher)], version=generator.VERSION
+    )
+    return Pool(result.tensors["images"], source.labels.cpu().repeat(rounds)), result
+
+
+# ---- students --------------------------------------------------------------------------------------
+
+
+def pair(run: Run, text: str) -> tuple[Classifier, str]:
+    """A column of Table 1, such as "resnet_small->resnet_tiny": the teacher, frozen, and a student's name.
+
+    Raises:
+        ValueError: its teacher is neither the profile's teacher nor its judge.
+    """
+    name, _, student = text.partition("->")
+    roles = {getattr(run.profile, role): role for role in ("judge", "teacher")}
+    if name not in roles or not student:
+        raise ValueError(f"pair {text!r} must read TEACHER->STUDENT, the teacher one of {', '.join(roles)}")
+    return network(run, roles[name]), student
+
+
+def distillation_settings(profile: Profile, **changes: Any) -> DistillationSettings:
+    """The profile's settings of a distillation, with `changes`."""
+    chosen = dataclasses.asdict(profile.distillation)
+    names = [field.name for field in dataclasses.fields(DistillationSettings)]
+    taken = {name: chosen[name] for name in names if name in chosen}
+    images = profile.teacher_training
+    taken |= {"pad": images.pad, "flip": images.flip, "compile": _always_or_never(profile)}
+    return DistillationSettings(**{**taken, **changes})
+
+
+def generator_settings(profile: Profile, **changes: Any) -> GeneratorSettings:
+    """The profile's settings of a generator, with `changes`."""
+    chosen = {name: getattr(profile.generator, name) for name in ("steps", "rate", "width", "meta_rate")}
+    inverted = profile.inversion
+    chosen |= {"jitter": inverted.jitter, "flip": inverted.flip, "compile": _always_or_never(profile)}
+    return GeneratorSettings(**{**chosen, **changes})
+
+
+def _always_or_never(profile: Profile) -> str:
+    return "never" if profile.inversion.compile == "never" else "always"
+
+
+def student(
+    run: Run,
+    name: str,
+    teacher: Classifier,
+    architecture: str,
+    images: Tensor,
+    *,
+    seed: int = 0,
+    source: Source | None = None,
+    settings: DistillationSettings | None = None,
+    watch: Callable[[int, Classifier], dict[str, float]] | None = None,
+) -> tuple[Classifier, Result]:
+    """A student distilled from `teacher` by a cached and resumable stage.
+
+    Its first weights, its draws and its crops depend on `seed` and `architecture`, not on `name`: two rows
+    of a table differ by their images and by nothing else. The result's meta has the `history`, its tensors
+    the images `made` on the way.
+
+    Args:
+        images, source, settings, watch: as for `distillation.distill`.
+    """
+    settings = settings or distillation_settings(run.profile)
+    first = stage_seed(seed, architecture)
+    model = create_model(architecture, run.profile.dataset, seed=first).to(device())
+    config = {
+        "student": architecture,
+        "dataset": run.profile.dataset,
+        "seed": first,
+        "settings": dataclasses.asdict(settings),
+        "images": sha256_tensors(stored({"images": images}), ""),
+        "source": source.config() if source is not None else None,
+    }
+
+    def make(checkpoint):
+        draws = torch.Generator().manual_seed(first)
+        found = distillation.distill(
+            teacher, model, images, settings, draws, source=source, watch=watch, checkpoint=checkpoint
+        )
+        state = {f"model.{key}": value for key, value in model.state_dict().items()}
+        return state | {"made": found.images}, {"history": found.history}
+
+    result = run.stage(
+        "student", f"{name}-seed{seed}", config, make, [digest(teacher)], version=distillation.VERSION
+    )
+    state = {k.removeprefix("model."): v for k, v in result.tensors.items() if k.startswith("model.")}
+    model.load_state_dict(state)
+    return model.freeze(), result
 
 
 # ---- what a notebook opens with, and how it shows things -------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinv import inversion
 from dinv.datasets import augment
 from dinv.inversion import InversionSettings, balanced_labels, invert
 from dinv.models import Classifier, autocast, evaluating
 from dinv.objectives import Competition, Objective
 from dinv.pool import batch_seed, to_uint8
-from dinv.step import compiler_available, own_code
-from dinv.store import Sparingly
-from dinv.training import SCHEDULES, learning_rate, optimizer_for, restore, snapshot
+from dinv.step import compile_method, compiler_available
+from dinv.store import Sparingly, sha256_tensors, stored
+from dinv.training import SCHEDULES, learning_rate, optimizer_for, predict, restore, snapshot
 
 VERSION = 1  # part of a student's key: raise it when the same settings give other weights
 
@@ -86,6 +87,9 @@ class Source(Protocol):
 
     def __call__(self, number: int, student: Classifier) -> Tensor: ...
 
+    def config(self) -> dict[str, Any]:
+        """All that decides what it makes, in plain words and numbers: part of a student's key."""
+
     def state(self) -> dict[str, Tensor]:
         """What the next call depends on besides its arguments."""
 
@@ -123,6 +127,13 @@ class PixelSource:
         seed = batch_seed(self.seed, self.first + number)
         return to_uint8(invert(self.teacher, self.labels, objective, self.settings, seed=seed).images)
 
+    def config(self) -> dict[str, Any]:
+        return {
+            "source": "pixels", "version": inversion.VERSION, "objective": self.objective.config(),
+            "settings": asdict(self.settings), "batch": len(self.labels), "seed": self.seed,
+            "first": self.first, "competition": self.competition,
+        }  # fmt: skip
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
@@ -145,6 +156,10 @@ class ReadySource:
             raise ValueError(f"there is no batch {number}: only {len(self.parts)} lie ready")
         return self.parts[number]
 
+    def config(self) -> dict[str, Any]:
+        parts = {str(index): part for index, part in enumerate(self.parts)}
+        return {"source": "ready", "images": sha256_tensors(stored(parts), "")}
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
@@ -166,7 +181,7 @@ class Lesson:
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.student = copy.deepcopy(student).requires_grad_(True).to(memory_format=torch.channels_last)
         self.temperature = temperature
-        self._run = torch.compile(own_code(self._forward), dynamic=False) if compiled else self._forward
+        self._run = compile_method(self._forward) if compiled else self._forward
 
     def begin(self, teacher: Classifier, student: Classifier) -> Lesson:
         self.teacher.load_state_dict(teacher.state_dict())
@@ -213,17 +228,19 @@ class Distilled:
     """What a distillation gives back, besides the student itself.
 
     Attributes:
-        history: one record a round: loss and agreement with the teacher on the generated images
-            (percent), images in the pool, seconds of synthesis and of distillation, and what `watch` said.
+        history: one record a round: images in the pool; loss and agreement with the teacher (percent) on
+            the round's batches; the same agreement on the new images alone, before anything is learnt from
+            them (`fresh`); seconds of synthesis, distillation and watching; and what `watch` said.
         images: uint8, those synthesised on the way, in order.
     """
 
     history: list[dict[str, float]]
     images: Tensor
 
-    def seconds(self, what: str) -> float:
-        """Seconds of "synthesis" or "distillation", all rounds together."""
-        return sum(record[what] for record in self.history)
+
+def seconds(history: list[dict[str, float]], what: str) -> float:
+    """Seconds of "synthesis", "distillation" or "watching", all rounds together."""
+    return sum(record[what] for record in history)
 
 
 def distill(
@@ -234,7 +251,7 @@ def distill(
     generator: torch.Generator,
     *,
     source: Source | None = None,
-    watch: Callable[[Classifier], dict[str, float]] | None = None,
+    watch: Callable[[int, Classifier], dict[str, float]] | None = None,
     checkpoint: Any = None,
 ) -> Distilled:
     """Train `student` in place to answer as `teacher` does, on synthesised images and without labels.
@@ -245,8 +262,8 @@ def distill(
         images: uint8 (N, C, H, W), what the pool begins with; may be empty where there is a source.
         generator: CPU generator behind draws and augmentation.
         source: makes the new batch of every round; None leaves the pool as it is.
-        watch: called with the student, in eval mode, after every round; its numbers go into the history and
-            nowhere else, its time into no account.
+        watch: called with the round (from 1) and the student, in eval mode, after every round; its numbers
+            go into the history and nowhere else.
         checkpoint: a `runs.Checkpoint`; with it, a killed distillation goes on at a later round and ends
             in the same bytes as an uninterrupted one.
 
@@ -268,13 +285,16 @@ def distill(
     pool = torch.cat([images.cpu(), *made]).to(teacher.mean.device)
     for number in range(len(history), settings.rounds):
         began = time.perf_counter()
-        new = pool[:0]
+        new, record = pool[:0], {"round": number + 1}
         if source is not None:
             with evaluating(lesson.student):
                 new = source(number, lesson.student)
             made.append(new.cpu())
             pool = torch.cat([pool, new.to(pool.device)])
         synthesised = time.perf_counter()
+        if len(new):
+            answers = (predict(network, new).argmax(1) for network in (lesson.teacher, lesson.student))
+            record["fresh"] = 100 * torch.eq(*answers).float().mean().item()
         losses, agreements = [], []
         for index, batch in enumerate(_batches(len(new), pool, settings, generator)):
             step = number * settings.updates + index
@@ -284,13 +304,13 @@ def distill(
             optimizer.step()
             losses.append(loss)
             agreements.append(agree)
-        record = {
-            "round": number + 1,
+        distilled = time.perf_counter()
+        record |= {
             "images": len(pool),
             "loss": torch.stack(losses).mean().item(),
             "agreement": 100 * torch.stack(agreements).mean().item(),
             "synthesis": synthesised - began,
-            "distillation": time.perf_counter() - synthesised,
+            "distillation": distilled - synthesised,
         }
         if not record["loss"] < float("inf"):
             raise FloatingPointError(
@@ -298,7 +318,8 @@ def distill(
             )
         if watch is not None:
             with evaluating(lesson.student):
-                record |= watch(lesson.student)
+                record |= watch(number + 1, lesson.student)
+        record["watching"] = time.perf_counter() - distilled
         history.append(record)
         if checkpoint is not None:
             numbers = {name: record[name] for name in ("loss", "agreement")}

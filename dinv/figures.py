@@ -14,7 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-COLORS = {"noise": "0.6", "deepdream": "tab:orange", "deepinversion": "tab:blue", "real": "0.2"}
+COLORS = {
+    "noise": "0.6", "deepdream": "tab:orange", "deepinversion": "tab:blue", "adi": "tab:red",
+    "generator": "tab:green", "real": "0.2",
+}  # fmt: skip
 
 
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
@@ -188,15 +191,103 @@ def curve(
     x: Sequence[float], lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, log: bool = False
 ) -> Figure:
     """Lines with markers over one x axis."""
-    figure, axis = plt.subplots(figsize=(4.8, 3.0))
-    for name, values in lines.items():
-        axis.plot(x, values, marker="o", ms=4, label=name)
+    figure = curves({name: (x, values) for name, values in lines.items()}, xlabel, ylabel)
+    axis = figure.axes[0]
     if log:
         axis.set_xscale("symlog", linthresh=min((v for v in x if v > 0), default=1))
         axis.set_xticks(list(x), [f"{v:g}" for v in x])
         axis.minorticks_off()
+    figure.tight_layout()
+    return figure
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
+) -> Figure:
+    """Lines with markers, each with an x of its own."""
+    figure, axis = plt.subplots(figsize=(4.8, 3.0))
+    for name, (x, values) in lines.items():
+        axis.plot(x, values, marker="o", ms=4, label=name, color=color_of(name))
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def progress(histories: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
+    """Figure 4 of the paper: accuracy on generated and on real images over the rounds, a panel a method.
+
+    Args:
+        histories: method -> (round, agreement on generated images, accuracy on real images), percent.
+    """
+    figure, axes = plt.subplots(
+        1, len(histories), figsize=(3.0 * len(histories), 2.7), sharey=True, squeeze=False
+    )
+    for axis, (name, history) in zip(axes[0], histories.items(), strict=True):
+        rounds, made, real = zip(*history, strict=True)
+        axis.plot(rounds, made, color=color_of(name), ls="--", label="generated images, by the teacher")
+        axis.plot(rounds, real, color=color_of("real"), label="real test images")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("round")
+        axis.set_ylim(0, 100)
+    axes[0][0].set_ylabel("student's accuracy, %")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def confusion(matrices: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
+    """Confusion matrices side by side, rows in percent: the true class down, the answer across."""
+    figure, axes = plt.subplots(
+        1, len(matrices), figsize=(3.6 * len(matrices) + 0.6, 3.5), sharey=True, squeeze=False
+    )
+    for axis, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        shown = axis.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
+        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("answer")
+    axes[0][0].set_yticks(range(len(classes)), classes, fontsize=7)
+    axes[0][0].set_ylabel("true class")
+    figure.tight_layout()
+    figure.colorbar(shown, ax=axes[0].tolist(), shrink=0.8, label="%")
+    return figure
+
+
+def embedding(points: Mapping[str, Tensor], real: str = "real") -> Figure:
+    """Figure 7 of the paper: each kind of image over the real ones, in the first two principal components.
+
+    Args:
+        points: kind -> (N, 2).
+        real: the kind that lies behind all the others.
+    """
+    others = [name for name in points if name != real]
+    figure, axes = plt.subplots(
+        1, len(others), figsize=(3.2 * len(others), 3.1), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, name in zip(axes[0], others, strict=True):
+        for kind in (real, name):
+            axis.scatter(*points[kind].T, s=3, alpha=0.5, lw=0, label=kind, color=color_of(kind))
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("first component")
+        axis.legend(fontsize=8, markerscale=3)
+    axes[0][0].set_ylabel("second component")
+    figure.tight_layout()
+    return figure
+
+
+def histograms(values: Mapping[str, Tensor], xlabel: str) -> Figure:
+    """Densities of several sets of numbers over one axis."""
+    low = min(v.min().item() for v in values.values())
+    high = max(v.max().item() for v in values.values())
+    figure, axis = plt.subplots(figsize=(5.6, 2.8))
+    for name, numbers in values.items():
+        color = color_of(name)
+        axis.hist(
+            numbers, bins=60, range=(low, high), density=True, histtype="step", label=name, color=color
+        )
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("density")
     axis.legend(fontsize=8)
     figure.tight_layout()
     return figure

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from dinv.inversion import (
 from dinv.models import Classifier
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
-from dinv.step import compiler_available, inversion_step, own_code
+from dinv.step import compile_method, compiler_available, inversion_step
+from dinv.store import Sparingly
 
 VERSION = 1  # part of a student's key: raise it when the same settings give other images
 
@@ -195,7 +197,7 @@ def _forward(network: ImageGenerator, settings: GeneratorSettings, device: torch
     if settings.compile == "never" or not compiler_available(device):
         return network
     if "compiled" not in vars(network):
-        vars(network)["compiled"] = torch.compile(own_code(network.forward), dynamic=False)
+        vars(network)["compiled"] = compile_method(network.forward)
     return vars(network)["compiled"]
 
 
@@ -239,9 +241,39 @@ class GeneratorSource:
                 self.start[name].lerp_(end, self.settings.meta_rate)
         return to_uint8(made.images)
 
+    def config(self) -> dict[str, Any]:
+        return {
+            "source": "generator", "version": VERSION, "objective": self.objective.config(),
+            "settings": asdict(self.settings), "batch": len(self.labels), "seed": self.seed,
+            "competition": self.competition, "agreeing": self.agreeing, "warmup": self.warmup,
+        }  # fmt: skip
+
     def state(self) -> dict[str, Tensor]:
         return self.start
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
             self.start[name].copy_(value)
+
+
+def synthesize(source: GeneratorSource, rounds: int, checkpoint: Any = None) -> tuple[Tensor, list[float]]:
+    """`rounds` batches of a source without a student: uint8 images, and the seconds of each batch.
+
+    With a `runs.Checkpoint` a killed synthesis goes on at a later batch and ends in the same bytes.
+    """
+    made, seconds = [], []
+    saved = checkpoint.load() if checkpoint is not None else None
+    if saved is not None:
+        tensors, meta = saved
+        made, seconds = [tensors["images"]], meta["seconds"]
+        source.restore({k.removeprefix("source."): v for k, v in tensors.items() if k.startswith("source.")})
+    save = Sparingly(checkpoint)
+    for number in range(len(seconds), rounds):
+        began = time.perf_counter()
+        made.append(source(number, source.teacher))
+        seconds.append(time.perf_counter() - began)
+        if checkpoint is not None:
+            checkpoint.progress(number + 1, rounds)
+        state = {f"source.{name}": value for name, value in source.state().items()}
+        save(lambda state=state: (state | {"images": torch.cat(made)}, {"seconds": seconds}))
+    return torch.cat(made), seconds

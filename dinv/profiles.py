@@ -66,6 +66,44 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """Table 1: the columns, the pool, the updates; see `distillation.DistillationSettings`."""
+
+    pairs: tuple[str, ...] = (
+        "cifar_resnet34->cifar_resnet18", "cifar_vgg11->cifar_vgg11", "cifar_vgg11->cifar_resnet18",
+    )  # fmt: skip
+    first: int = 6400  # images before the first round: with a batch a round, 256,000 at the end
+    rounds: int = 975  # 250 epochs of 195 updates, a new batch every 50
+    updates: int = 50
+    batch: int = 256
+    rate: float = 0.1
+    schedule: str = "steps"  # a tenth after every 100 epochs
+    temperature: float = 3.0
+    competition: float = 10.0  # [M]
+    every: int = 25  # rounds between two measurements of Figure 4
+    ablation: int = 1  # which pair the ablations take; ours
+
+
+@dataclass(frozen=True)
+class Generator:
+    """The training-based row, all of it ours; see `generator.GeneratorSettings`."""
+
+    rounds: int = 975
+    updates: int = 50
+    images: int = 256  # a round
+    steps: int = 10
+    rate: float = 2e-3
+    width: int = 64
+    meta_rate: float = 0.5
+    feature: float = 2.0
+    competition: float = 2.0
+    warmup: int = 100  # rounds before the student competes
+    every: int = 25
+    compare: int = 100  # rounds of notebook 08's comparison with the pixels
+    pixels: int = 10  # batches of pixel inversion in that comparison, about as long
+
+
+@dataclass(frozen=True)
 class Profile:
     """Everything a notebook may vary. Frozen: `load_profile(name, overrides)` makes variants."""
 
@@ -80,6 +118,8 @@ class Profile:
     inversion: Inversion = field(default_factory=Inversion)
     weights: Weights = field(default_factory=Weights)
     sweep: Sweep = field(default_factory=Sweep)
+    distillation: Distillation = field(default_factory=Distillation)
+    generator: Generator = field(default_factory=Generator)
 
     def table(self) -> list[tuple[str, Any, Any]]:
         """Rows (setting, here, in the paper profile)."""
@@ -108,6 +148,8 @@ GPU = replace(
     judge_training=Training(60, 256, 0.2, 5e-4, 0, 4, True),
     inversion=Inversion(images=2560, schedule="cosine", steps=1000, compile="always"),
     sweep=Sweep(images=1024, bare=1024),
+    distillation=Distillation(first=2560, rounds=90, updates=200, schedule="linear", every=5),
+    generator=Generator(rounds=400, updates=50, warmup=40, every=10, compare=100, pixels=8),
 )
 
 CPU = replace(
@@ -122,6 +164,17 @@ CPU = replace(
     # The paper's 10 wants the paper's 2,000 steps: in 80 the teacher would not be satisfied any more.
     weights=Weights(feature=1.0, feature_kl=10.0),
     sweep=Sweep(images=256, batches=(16, 256), bare=128),
+    distillation=Distillation(
+        pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"),
+        first=768,
+        rounds=8,
+        updates=60,
+        batch=128,
+        schedule="linear",
+        competition=1.0,  # the paper's ratio to the weight of the feature statistics
+        every=1,
+    ),
+    generator=Generator(rounds=100, updates=22, steps=5, width=16, warmup=20, every=5, compare=30, pixels=4),
 )
 
 SMOKE = replace(
@@ -146,6 +199,29 @@ SMOKE = replace(
     ),
     weights=Weights(feature=0.1, feature_kl=10.0),
     sweep=Sweep(images=64, features=(0.0, 0.01, 0.1, 1.0), real=(10, 100, 500), batches=(16, 64), bare=64),
+    distillation=Distillation(
+        pairs=("resnet_digits->resnet_digits", "resnet_digits->vgg_digits"),
+        first=64,
+        rounds=4,
+        updates=10,
+        batch=64,
+        schedule="linear",
+        competition=0.1,
+        every=1,
+    ),
+    generator=Generator(
+        rounds=20,
+        updates=5,
+        images=64,
+        steps=5,
+        width=8,
+        feature=0.1,
+        competition=0.1,
+        warmup=4,
+        every=5,
+        compare=10,
+        pixels=2,
+    ),
 )
 
 _ALL = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU, "paper": PAPER}

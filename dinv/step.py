@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -41,9 +42,7 @@ class Step:
         self.objective = objective
         self.weights = objective.weights
         watch(self.teacher, objective.layers(), self.features)
-        if compiled and self.teacher.mean.device.type == "cpu":
-            _quiet_without_cuda()
-        self._terms = torch.compile(own_code(self._forward), dynamic=False) if compiled else None
+        self._terms = compile_method(self._forward) if compiled else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,8 +140,8 @@ def inversion_flops(teacher: Classifier, plan: tuple[tuple[int, int], ...]) -> f
     return 2.0 * counter.get_total_flops() * area
 
 
-def own_code(method: MethodType) -> MethodType:
-    """`method` with a code object of its own.
+def compile_method(method: MethodType) -> Callable:
+    """`method` compiled for the shapes it is first called with, under a code object of its own.
 
     Dynamo counts compilations by code object and after eight gives up without a word in the result;
     a process that goes through many objectives and batch sizes compiles `Step._forward` more often.
@@ -151,12 +150,9 @@ def own_code(method: MethodType) -> MethodType:
     copied = FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
     )
-    return MethodType(copied, method.__self__)
-
-
-def _quiet_without_cuda() -> None:
-    """Where CUDA's tools are installed but no driver is, compiling for the CPU warns of that."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():  # where its tools are installed all the same, compiling warns of that
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return torch.compile(MethodType(copied, method.__self__), dynamic=False)
 
 
 def compiler_available(device: torch.device) -> bool:

@@ -12,12 +12,14 @@ from dinv.distillation import (
     ReadySource,
     distill,
     distillation_loss,
+    seconds,
 )
 from dinv.generator import GeneratorSettings, GeneratorSource
 from dinv.inversion import InversionSettings
 from dinv.metrics import agreement
 from dinv.objectives import CrossEntropy, FeatureStatistics
 from dinv.pool import synthesize
+from dinv.store import canonical_json
 
 SETTINGS = DistillationSettings(rounds=4, updates=5, batch=8, rate=0.05, pad=1, compile="never")
 INVERSION = InversionSettings(steps=4, rate=0.1, flip=False, compile="never")
@@ -169,9 +171,9 @@ def test_the_student_that_competes_is_the_one_being_trained(tiny, monkeypatch):
 def test_what_watches_is_told_every_round_and_changes_nothing(tiny):
     teacher, told = tiny(0).freeze(), []
 
-    def watch(student):
+    def watch(number, student):
         told.append(student.training)
-        return {"number": float(len(told))}
+        return {"number": number}
 
     watched, alone = tiny(1), tiny(1)
     found = distill(teacher, watched, some_images(), SETTINGS, generator(), watch=watch)
@@ -180,11 +182,28 @@ def test_what_watches_is_told_every_round_and_changes_nothing(tiny):
     assert equal(state(watched), state(alone))
 
 
+def test_agreement_on_fresh_images_is_taken_before_they_are_learnt(tiny):
+    teacher, student = tiny(0).freeze(), tiny(1)
+    images = some_images(32, 5)
+    wanted = agreement(teacher, student, images[:8])
+    found = distill(teacher, student, some_images(), SETTINGS, generator(), source=ReadySource(images, 8))
+    assert found.history[0]["fresh"] == pytest.approx(wanted)
+    assert "fresh" not in distill(teacher, student, images, SETTINGS, generator()).history[0]
+
+
+def test_a_students_key_follows_its_source(tiny):
+    teacher = tiny(0).freeze()
+    configs = [make(teacher).config() for kind, make in SOURCES.items() if kind != "none"]
+    assert len({canonical_json(config) for config in configs}) == 4
+    assert ReadySource(some_images(40, 5)).config() != ReadySource(some_images(40, 6)).config()
+    assert pixel_source(teacher).config() == pixel_source(teacher).config()
+
+
 def test_seconds_are_those_of_the_rounds(tiny):
     teacher = tiny(0).freeze()
     found = distill(teacher, tiny(1), some_images(), SETTINGS, generator(), source=pixel_source(teacher))
-    for what in ("synthesis", "distillation"):
-        assert found.seconds(what) == sum(record[what] for record in found.history) > 0
+    for what in ("synthesis", "distillation", "watching"):
+        assert seconds(found.history, what) == sum(record[what] for record in found.history) > 0
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -218,7 +237,7 @@ def test_an_interrupted_distillation_ends_in_the_same_bytes(tiny, memory, monkey
     found = run(halves, stopped)
     assert stopped.saves == SETTINGS.rounds  # it went on, and did not begin again
     assert equal(state(whole), state(halves)) and torch.equal(expected.images, found.images)
-    drop = ("synthesis", "distillation")
+    drop = ("synthesis", "distillation", "watching")
     for one, other in zip(expected.history, found.history, strict=True):
         assert {k: v for k, v in one.items() if k not in drop} == {
             k: v for k, v in other.items() if k not in drop

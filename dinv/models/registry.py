@@ -20,6 +20,7 @@ from dinv.models.pretrained import load_pretrained
 from dinv.models.small import (
     RESNET_DIGITS,
     RESNET_SMALL,
+    RESNET_TINY,
     VGG_DIGITS,
     VGG_SMALL,
     resnet_small,
@@ -64,6 +65,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "wrn16_2": lambda k, c: wide_resnet(16, 2, k, c),
     "wrn16_1": lambda k, c: wide_resnet(16, 1, k, c),
     "resnet_small": lambda k, c: resnet_small(RESNET_SMALL, k, c),
+    "resnet_tiny": lambda k, c: resnet_small(RESNET_TINY, k, c),
     "vgg_small": lambda k, c: vgg(VGG_SMALL, k, c),
     "resnet_digits": lambda k, c: resnet_small(RESNET_DIGITS, k, c),
     "vgg_digits": lambda k, c: vgg(VGG_DIGITS, k, c),

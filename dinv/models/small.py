@@ -39,10 +39,12 @@ def resnet_small(stages: list[tuple[int, int]], classes: int, channels: int = 3)
 
 
 RESNET_SMALL = [(24, 1), (48, 2), (96, 3), (192, 2)]  # 0.74 M parameters, 30 M multiply-adds
+RESNET_TINY = [(16, 1), (32, 1), (64, 2), (128, 1)]  # 0.14 M parameters, 6 M multiply-adds: a student
 RESNET_DIGITS = [(16, 1), (32, 2), (64, 1)]
 VGG_SMALL = [32, "M", 64, 64, "M", 128, "M", 256]  # 0.43 M parameters, 24 M multiply-adds
 VGG_DIGITS = [16, 32, "M", 32]
 
 __all__ = [
-    "RESNET_DIGITS", "RESNET_SMALL", "VGG_DIGITS", "VGG_SMALL", "ConvUnit", "resnet_small", "vgg",
+    "RESNET_DIGITS", "RESNET_SMALL", "RESNET_TINY", "VGG_DIGITS", "VGG_SMALL", "ConvUnit", "resnet_small",
+    "vgg",
 ]  # fmt: skip
