@@ -250,7 +250,8 @@ def start(
     """
     chosen = load_profile(profile, overrides)
     if seeds:
-        chosen = dataclasses.replace(chosen, seeds=seeds)
+        longest = dataclasses.replace(chosen.distillation, seeds=seeds)
+        chosen = dataclasses.replace(chosen, seeds=seeds, distillation=longest)
     return Run(chapter, chosen)
 
 

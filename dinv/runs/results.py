@@ -93,6 +93,8 @@ def command_line(chapter: str, profile) -> str:
     words = ["./reproduce.sh", "--profile", profile.name]
     words += ["--only", re.match(r"\d*", chapter).group() or chapter]
     defaults = profiles.flat(profiles.load_profile(profile.name))
+    if profile.seeds != defaults["seeds"]:
+        defaults["distillation.seeds"] = profile.distillation.seeds  # --seeds sets both
     for key, value in profiles.flat(profile).items():
         if value != defaults[key]:
             words += ["--seeds", str(value)] if key == "seeds" else ["--set", f"{key}={value}"]
