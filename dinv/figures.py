@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 COLORS = {
@@ -208,6 +209,8 @@ def curves(
     figure, axis = plt.subplots(figsize=(4.8, 3.0))
     for name, (x, values) in lines.items():
         axis.plot(x, values, marker="o", ms=4, label=name, color=color_of(name))
+    if all(value == int(value) for x, _ in lines.values() for value in x):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.legend(fontsize=8)

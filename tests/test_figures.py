@@ -79,3 +79,38 @@ def test_png_is_the_same_bytes_twice():
         return figures.png(figures.curve([0, 1, 10], {"a": [1, 2, 3]}, "x", "y", log=True))
 
     assert make() == make() and make().startswith(b"\x89PNG")
+
+
+def test_progress_has_a_panel_a_method_with_both_lines():
+    history = [(1, 20.0, 10.0), (2, 50.0, 30.0)]
+    figure = figures.progress({"adi": history, "generator": history[:1]})
+    assert [axis.get_title() for axis in figure.axes] == ["adi", "generator"]
+    made, real = figure.axes[0].lines
+    assert list(made.get_ydata()) == [20, 50] and list(real.get_ydata()) == [10, 30]
+
+
+def test_curves_keep_their_own_x_and_whole_numbers_whole_ticks():
+    figure = figures.curves({"one": ([1, 2, 3], [4, 5, 6]), "two": ([2, 4], [1, 0])}, "x", "y")
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[1, 2, 3], [2, 4]]
+    figure.canvas.draw()
+    assert all(tick == int(tick) for tick in figure.axes[0].get_xticks())
+
+
+def test_confusion_draws_every_matrix_with_its_classes():
+    figure = figures.confusion({"teacher": 100 * torch.eye(3), "student": torch.zeros(3, 3)}, ["a", "b", "c"])
+    shown = [axis.get_images()[0].get_array() for axis in figure.axes[:2]]
+    assert shown[0][1, 1] == 100 and shown[1].max() == 0
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_embedding_lays_each_kind_over_the_real_ones():
+    points = {"real": torch.rand(9, 2), "deepinversion": torch.rand(4, 2), "adi": torch.rand(5, 2)}
+    figure = figures.embedding(points)
+    counts = [[len(c.get_offsets()) for c in axis.collections] for axis in figure.axes]
+    assert counts == [[9, 4], [9, 5]]
+
+
+def test_histograms_are_densities_over_one_axis():
+    figure = figures.histograms({"real": torch.rand(50), "adi": 2 * torch.rand(50)}, "distance")
+    assert figure.axes[0].get_xlabel() == "distance"
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["real", "adi"]
