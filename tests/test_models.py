@@ -51,6 +51,7 @@ SIZES = {  # millions of parameters as published, BatchNorm layers
     "wrn16_2": (0.69, 13),
     "wrn16_1": (0.18, 13),
     "resnet_small": (0.74, 8),
+    "resnet_tiny": (0.14, 5),
     "vgg_small": (0.43, 5),
     "resnet_digits": (0.034, 4),
     "vgg_digits": (0.015, 3),
