@@ -23,7 +23,7 @@ from dinv.objectives import Objective
 from dinv.pool import Pool, synthesize
 from dinv.profiles import Profile, load_profile
 from dinv.runs import Result, Run
-from dinv.store import sha256_tensors, stored
+from dinv.store import sha256_tensors, stored, under
 from dinv.training import TrainingSettings
 
 
@@ -232,8 +232,7 @@ def student(
     result = run.stage(
         "student", f"{name}-seed{seed}", config, make, [digest(teacher)], version=distillation.VERSION
     )
-    state = {k.removeprefix("model."): v for k, v in result.tensors.items() if k.startswith("model.")}
-    model.load_state_dict(state)
+    model.load_state_dict(under("model.", result.tensors))
     return model.freeze(), result
 
 

@@ -14,7 +14,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,7 +28,7 @@ from dinv.models import Classifier, autocast, evaluating
 from dinv.objectives import Competition, Objective
 from dinv.pool import batch_seed, to_uint8
 from dinv.step import compile_method, compiler_available
-from dinv.store import Sparingly, sha256_tensors, stored
+from dinv.store import Sparingly, sha256_tensors, stored, under
 from dinv.training import SCHEDULES, learning_rate, optimizer_for, predict, restore, snapshot
 
 VERSION = 1  # part of a student's key: raise it when the same settings give other weights
@@ -82,22 +82,25 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 # ---- where new images come from --------------------------------------------------------------------
 
 
-class Source(Protocol):
+class Source:
     """Makes the new batch of a round: uint8 (N, C, H, W), a function of its state, round and student."""
 
-    def __call__(self, number: int, student: Classifier) -> Tensor: ...
+    def __call__(self, number: int, student: Classifier) -> Tensor:
+        raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
         """All that decides what it makes, in plain words and numbers: part of a student's key."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """What the next call depends on besides its arguments."""
+        """What the next call depends on besides its arguments; by default nothing."""
+        return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
 
 
-class PixelSource:
+class PixelSource(Source):
     """New batches by inversion of the pixels; with `competition`, against the student as it is.
 
     Args:
@@ -134,14 +137,8 @@ class PixelSource:
             "first": self.first, "competition": self.competition,
         }  # fmt: skip
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        pass
-
-
-class ReadySource:
+class ReadySource(Source):
     """Batches that are there already, handed out in their order: a pool made before, real images.
 
     Args:
@@ -159,12 +156,6 @@ class ReadySource:
     def config(self) -> dict[str, Any]:
         parts = {str(index): part for index, part in enumerate(self.parts)}
         return {"source": "ready", "images": sha256_tensors(stored(parts), "")}
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        pass
 
 
 # ---- one update ------------------------------------------------------------------------------------
@@ -281,7 +272,7 @@ def distill(
         restore(lesson.student, optimizer, generator, tensors)
         made, history = [tensors["made"]], meta["history"]
         if source is not None:
-            source.restore(_under("source.", tensors))
+            source.restore(under("source.", tensors))
     pool = torch.cat([images.cpu(), *made]).to(teacher.mean.device)
     for number in range(len(history), settings.rounds):
         began = time.perf_counter()
@@ -356,10 +347,6 @@ def _state(
     state = snapshot(lesson.student, optimizer, generator) | {"made": torch.cat(made)}
     of_source = {} if source is None else source.state()
     return state | {f"source.{name}": value for name, value in of_source.items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _require_fitting(teacher: Classifier, student: Classifier, images: Tensor, source: Source | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinv.distillation import Source
 from dinv.inversion import (
     Inversion,
     InversionSettings,
@@ -31,7 +32,7 @@ from dinv.models import Classifier
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
 from dinv.step import compile_method, compiler_available, inversion_step
-from dinv.store import Sparingly
+from dinv.store import Sparingly, under
 
 VERSION = 1  # part of a student's key: raise it when the same settings give other images
 
@@ -201,7 +202,7 @@ def _forward(network: ImageGenerator, settings: GeneratorSettings, device: torch
     return vars(network)["compiled"]
 
 
-class GeneratorSource:
+class GeneratorSource(Source):
     """New batches for `distillation.distill` from one generator, whose starting point is meta-learnt.
 
     Args:
@@ -266,7 +267,7 @@ def synthesize(source: GeneratorSource, rounds: int, checkpoint: Any = None) -> 
     if saved is not None:
         tensors, meta = saved
         made, seconds = [tensors["images"]], meta["seconds"]
-        source.restore({k.removeprefix("source."): v for k, v in tensors.items() if k.startswith("source.")})
+        source.restore(under("source.", tensors))
     save = Sparingly(checkpoint)
     for number in range(len(seconds), rounds):
         began = time.perf_counter()

@@ -167,6 +167,11 @@ def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> None:
     """Write one safetensors file (`metadata`: one string kept in its header)."""
     size = sum(tensor.nbytes for tensor in tensors.values()) + len(metadata or "")

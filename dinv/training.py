@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dinv.datasets import Dataset, augment
 from dinv.models import Classifier, autocast, evaluating
+from dinv.store import under
 
 VERSION = 1  # part of a cached training's key: raise it when the same settings give other weights
 
@@ -170,7 +171,7 @@ def restore(
     state: dict[str, Tensor],
 ) -> None:
     """The inverse of `snapshot`."""
-    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    model.load_state_dict(under("model.", state))
     for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         momentum = state.get(f"momentum.{index}")
         if momentum is not None:
