@@ -239,6 +239,9 @@ def student(
 # ---- what a notebook opens with, and how it shows things -------------------------------------------
 
 
+LONGEST = ("distillation", "generator")  # parts of a profile with a number of seeds of their own
+
+
 def start(
     chapter: str, profile: str = "auto", seeds: int = 0, overrides: Mapping[str, Any] | None = None
 ) -> Run:
@@ -249,8 +252,8 @@ def start(
     """
     chosen = load_profile(profile, overrides)
     if seeds:
-        longest = dataclasses.replace(chosen.distillation, seeds=seeds)
-        chosen = dataclasses.replace(chosen, seeds=seeds, distillation=longest)
+        longest = {part: dataclasses.replace(getattr(chosen, part), seeds=seeds) for part in LONGEST}
+        chosen = dataclasses.replace(chosen, seeds=seeds, **longest)
     return Run(chapter, chosen)
 
 

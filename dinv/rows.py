@@ -16,6 +16,7 @@ from dinv import chapters, distillation
 from dinv.datasets import load_dataset
 from dinv.distillation import PixelSource, ReadySource, Source
 from dinv.generator import GeneratorSource
+from dinv.inversion import InversionSettings
 from dinv.metrics import accuracy
 from dinv.models import Classifier
 from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
@@ -41,10 +42,18 @@ def image_count(profile: Profile) -> int:
     return profile.distillation.first + profile.distillation.rounds * profile.inversion.batch
 
 
+def inversion_settings(profile: Profile) -> InversionSettings:
+    """The optimiser of a student's images: the profile's, for as many steps as they get."""
+    return chapters.inversion_settings(profile, steps=profile.distillation.steps)
+
+
 def pool(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Pool, Result]:
     """All images of "deepdream" or "deepinversion", which need no student: a cached stage."""
-    made = image_count(run.profile)
-    return chapters.pool(run, f"{row}{made}", teacher, objective(run.profile, row), seed=seed, images=made)
+    profile, made = run.profile, image_count(run.profile)
+    return chapters.pool(
+        run, f"{row}{made}", teacher, objective(profile, row),
+        seed=seed, images=made, settings=inversion_settings(profile),
+    )  # fmt: skip
 
 
 def noise(teacher: Classifier, count: int, seed: int) -> Tensor:
@@ -68,7 +77,7 @@ def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Tenso
         return noise(teacher, 0, seed), source, 0.0
     made, result = pool(run, "deepinversion" if row == "adi" else row, teacher, seed)
     if row == "adi":  # begins with the same images as DeepInversion, goes on against the student
-        settings = chapters.inversion_settings(profile)
+        settings = inversion_settings(profile)
         options = {"batch": batch, "first": first // batch, "competition": profile.distillation.competition}
         source = PixelSource(teacher, objective(profile, "deepinversion"), settings, seed=seed, **options)
         return made.images[:first], source, result.seconds * first / len(made)

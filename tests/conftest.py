@@ -128,8 +128,8 @@ _KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 import torch._dynamo  # every optimiser wants it
-import test_pool, test_training
-from dinv import inversion, runs, store, training
+import test_distillation, test_pool, test_training
+from dinv import distillation, inversion, runs, store, training
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 def dying(function, left):
     left = iter(range(left))
@@ -139,7 +139,7 @@ def half(tensors, path, metadata=None, save=store.save_file, left=iter(range(1))
     if next(left, None) is None:
         os.truncate(path, os.path.getsize(path) // 2)
         die()
-for number in range(6):
+for number in range(9):
     if child := os.fork():
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (number, status)
@@ -148,27 +148,28 @@ for number in range(6):
     if number % 3 == 0:
         inversion.jittered = dying(inversion.jittered, 15)  # of 6 steps a batch
         training.augment = dying(training.augment, 6)  # of 4 an epoch
+        distillation.augment = dying(distillation.augment, 13)  # of 5 a round
     if number % 3 == 1:
         store.save_file = half
     if number % 3 == 2:
         runs.write_record = die
-    test_pool.stage() if number < 3 else test_training.stage()
+    (test_pool, test_training, test_distillation)[number // 3].stage()
     os._exit(0)
-print("killed six times")
+print("killed nine times")
 """
 
 
 @pytest.fixture(scope="session")
 def killed(tmp_path_factory) -> dict[str, list[Path]]:
-    """Cache folders of the stages of test_pool and test_training, killed by SIGKILL.
+    """Cache folders of the stages of test_pool, test_training and test_distillation, killed by SIGKILL.
 
-    Three each: in the middle of a batch or epoch, in the middle of the second write, before the last.
+    Three each: in the middle of a batch, epoch or round, in the middle of the second write, before the last.
     """
     folder, here = tmp_path_factory.mktemp("killed"), Path(__file__).parent
     script = _KILLED.format(path=[str(here), str(here.parent)], cache=str(folder / "cache"))
     clean = {k: v for k, v in os.environ.items() if not k.startswith("DINV_")}
     clean["DINV_FIGURES"] = str(folder / "figures")
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean)
-    assert "killed six times" in run.stdout, run.stderr
-    caches = [folder / f"cache{number}" for number in range(6)]
-    return {"pool": caches[:3], "training": caches[3:]}
+    assert "killed nine times" in run.stdout, run.stderr
+    caches = [folder / f"cache{number}" for number in range(9)]
+    return {"pool": caches[:3], "training": caches[3:6], "distillation": caches[6:]}

@@ -26,7 +26,7 @@ def test_start_takes_the_notebooks_parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
     assert chapters.start("x", "smoke").profile == load_profile("smoke")
     several = chapters.start("x", "smoke", seeds=5).profile
-    assert several.seeds == several.distillation.seeds == 5
+    assert several.seeds == several.distillation.seeds == several.generator.seeds == 5
     assert chapters.start("x", "smoke", overrides={"inversion.steps": 7}).profile.inversion.steps == 7
     with pytest.raises(ValueError, match="did you mean inversion.steps"):
         chapters.start("x", "smoke", overrides={"inversion.step": 7})

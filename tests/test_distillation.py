@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinv import distillation, store
 from dinv.distillation import (
     DistillationSettings,
     PixelSource,
@@ -17,8 +18,11 @@ from dinv.distillation import (
 from dinv.generator import GeneratorSettings, GeneratorSource
 from dinv.inversion import InversionSettings
 from dinv.metrics import agreement
+from dinv.models import create_model
 from dinv.objectives import CrossEntropy, FeatureStatistics
 from dinv.pool import synthesize
+from dinv.profiles import load_profile
+from dinv.runs import Result, Run
 from dinv.store import canonical_json
 
 SETTINGS = DistillationSettings(rounds=4, updates=5, batch=8, rate=0.05, pad=1, compile="never")
@@ -242,6 +246,49 @@ def test_an_interrupted_distillation_ends_in_the_same_bytes(tiny, memory, monkey
         assert {k: v for k, v in one.items() if k not in drop} == {
             k: v for k, v in other.items() if k not in drop
         }
+
+
+def stage() -> Result:
+    """A distillation against its own student as a stage: four rounds of five updates."""
+    store.Sparingly.share = float("inf")  # a save after every round
+    teacher = create_model("resnet_digits", "digits", seed=1).freeze()
+
+    def make(checkpoint):
+        student = create_model("resnet_digits", "digits", seed=2)
+        source = pixel_source(teacher, competition=5.0)
+        first = some_images(16)[:, : teacher.channels]
+        found = distill(
+            teacher, student, first, SETTINGS, generator(), source=source, checkpoint=checkpoint
+        )
+        return student.state_dict() | {"made": found.images}, {"losses": [r["loss"] for r in found.history]}
+
+    return Run("02_example", load_profile("smoke")).stage("student", "x", {}, make)
+
+
+@pytest.mark.parametrize(
+    "number, first", [(0, 2), (1, 1), (2, 4)], ids=["in a round", "in a write", "before the last write"]
+)
+def test_a_distillation_killed_by_sigkill_goes_on_to_the_same_bytes(
+    killed, tmp_path, monkeypatch, number, first
+):
+    for name in ("DEADLINE", "FORCE", "PROGRESS", "PROFILE"):
+        monkeypatch.delenv(f"DINV_{name}", raising=False)
+    monkeypatch.setattr(store.Sparingly, "share", store.Sparingly.share)  # the stage's own, given back
+    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "whole"))
+    whole = stage()
+    monkeypatch.setenv("DINV_CACHE", str(killed["distillation"][number]))
+    rounds, original = [], distillation.invert
+
+    def counted(*given, **options):
+        rounds.append(1)
+        return original(*given, **options)
+
+    monkeypatch.setattr(distillation, "invert", counted)
+    resumed = stage()
+    assert not resumed.cached and len(rounds) == SETTINGS.rounds - first
+    assert resumed.key == whole.key == store.sha256_file(resumed.path / "data.safetensors")
+    assert resumed.meta == whole.meta and equal(resumed.tensors, whole.tensors)
 
 
 def test_a_compiled_lesson_serves_every_student_of_its_kind(tiny):

@@ -94,7 +94,8 @@ def command_line(chapter: str, profile) -> str:
     words += ["--only", re.match(r"\d*", chapter).group() or chapter]
     defaults = profiles.flat(profiles.load_profile(profile.name))
     if profile.seeds != defaults["seeds"]:
-        defaults["distillation.seeds"] = profile.distillation.seeds  # --seeds sets both
+        # --seeds sets them all
+        defaults |= {f"{part}.seeds": getattr(profile, part).seeds for part in ("distillation", "generator")}
     for key, value in profiles.flat(profile).items():
         if value != defaults[key]:
             words += ["--seeds", str(value)] if key == "seeds" else ["--set", f"{key}={value}"]
