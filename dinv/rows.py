@@ -23,6 +23,7 @@ from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, 
 from dinv.pool import Pool, to_uint8
 from dinv.profiles import Profile
 from dinv.runs import Result, Run
+from dinv.step import forward_flops
 
 DATA_FREE = ("noise", "deepdream", "deepinversion", "adi", "generator")
 CEILINGS = ("1 % real", "all real")  # no part of the method: the same loop on real images
@@ -61,6 +62,22 @@ def noise(teacher: Classifier, count: int, seed: int) -> Tensor:
     shape = (count, teacher.channels, teacher.size, teacher.size)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return to_uint8((pixels * teacher.std.cpu() + teacher.mean.cpu()).clamp(0, 1))
+
+
+def work(profile: Profile, row: str, teacher: Classifier, student: Classifier) -> tuple[float, float]:
+    """Floating-point operations of a row, the generator's apart: (synthesis, distillation).
+
+    Forward, and the same again for a gradient at the pixels; an update of the student is forward through
+    both, and twice the student's forward for its gradients. What a profile costs is this over a rate.
+    """
+    chosen, passes = profile.distillation, [forward_flops(network) for network in (teacher, student)]
+    synthesis = 0.0
+    if row in ("deepdream", "deepinversion", "adi"):
+        synthesis = 2.0 * passes[0] * chosen.steps * image_count(profile)
+    if row == "adi":
+        synthesis += 2.0 * passes[1] * chosen.steps * chosen.rounds * profile.inversion.batch
+    updated = chosen.rounds * chosen.updates * chosen.batch
+    return synthesis, float(updated * (passes[0] + 3 * passes[1]))
 
 
 def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Tensor, Source, float]:

@@ -132,12 +132,17 @@ def compiling_pays(teacher: Classifier, settings: InversionSettings, images: int
 
 def inversion_flops(teacher: Classifier, plan: tuple[tuple[int, int], ...]) -> float:
     """Floating-point operations to invert one image: forward, and the same again for the gradient."""
-    net = copy.deepcopy(teacher.net).eval()  # in training mode a forward pass would change BatchNorm
+    area = sum(steps * (size / teacher.size) ** 2 for steps, size in plan)
+    return 2.0 * forward_flops(teacher) * area
+
+
+def forward_flops(network: Classifier) -> int:
+    """Floating-point operations of one image's way through `network`; a backward pass costs as many again."""
+    net = copy.deepcopy(network.net).eval()  # in training mode a forward pass would change BatchNorm
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        net(teacher.mean.new_zeros(1, teacher.channels, teacher.size, teacher.size))
-    area = sum(steps * (size / teacher.size) ** 2 for steps, size in plan)
-    return 2.0 * counter.get_total_flops() * area
+        net(network.mean.new_zeros(1, network.channels, network.size, network.size))
+    return counter.get_total_flops()
 
 
 def compile_method(method: MethodType) -> Callable:

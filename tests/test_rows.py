@@ -8,11 +8,13 @@ import torch
 from dinv import chapters, reference, rows
 from dinv.distillation import PixelSource, ReadySource
 from dinv.generator import GeneratorSource
+from dinv.models import create_model
 from dinv.profiles import PAPER, Training, load_profile
+from dinv.step import forward_flops
 
 PAIR = "resnet_digits->vgg_digits"
 SHORT = {
-    "inversion.steps": 3, "inversion.batch": 20, "distillation.first": 40, "distillation.rounds": 2,
+    "distillation.steps": 3, "inversion.batch": 20, "distillation.first": 40, "distillation.rounds": 2,
     "distillation.updates": 2, "distillation.batch": 20, "generator.rounds": 3, "generator.updates": 2,
     "generator.images": 20, "generator.steps": 2, "generator.warmup": 1, "generator.every": 1,
 }  # fmt: skip
@@ -48,6 +50,17 @@ def test_every_row_has_the_same_number_of_images(run):
             assert sum(len(part) for part in source.parts) == 40
     images, source, seconds = rows.images_of(run, "generator", teacher, 0)
     assert len(images) == 0 and isinstance(source, GeneratorSource) and seconds == 0
+
+
+def test_the_work_of_a_row_is_counted_by_hand(run):
+    teacher, student = (create_model(name, "digits").freeze() for name in ("resnet_digits", "vgg_digits"))
+    one, two = forward_flops(teacher), forward_flops(student)
+    updates = 2 * 2 * 20 * (one + 3 * two)  # rounds, updates, batch
+    assert one != two
+    assert rows.work(run.profile, "noise", teacher, student) == (0, updates)
+    assert rows.work(run.profile, "deepinversion", teacher, student) == (80 * 3 * 2 * one, updates)
+    adaptive = 80 * 3 * 2 * one + 40 * 3 * 2 * two  # the student looks at the images of the rounds alone
+    assert rows.work(run.profile, "adi", teacher, student) == (adaptive, updates)
 
 
 def test_adaptive_begins_with_the_images_of_deepinversion_and_goes_on_with_its_seeds(run):
