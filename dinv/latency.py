@@ -1,0 +1,184 @@
+"""How long a network takes, measured: whole networks beside each other, layers by their width."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dinv.models import Classifier
+
+if TYPE_CHECKING:
+    from dinv.pruning import Group
+
+WIDTHS = (0.25, 0.5, 0.75, 1.0)  # shares of its channels at which a layer is measured
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]], repeats: int, device: torch.device | None = None
+) -> Tensor:
+    """Seconds of every call, float64 (repeats, calls), taken in turn so that a slow moment hits them all."""
+    for call in calls:
+        call()  # memory, kernels
+    seconds = torch.empty(repeats, len(calls), dtype=torch.float64)
+    for row in seconds:
+        for index, call in enumerate(calls):
+            _wait(device)
+            began = time.perf_counter()
+            call()
+            _wait(device)
+            row[index] = time.perf_counter() - began
+    return seconds
+
+
+@torch.no_grad()
+def latencies(networks: Sequence[Classifier], batch: int = 64, repeats: int = 15) -> Tensor:
+    """Seconds a batch takes through every network, float64 (repeats, networks); take medians of ratios."""
+    device = networks[0].mean.device
+    calls = []
+    for network in networks:
+        network = copy.deepcopy(network).freeze().to(memory_format=torch.channels_last)
+        images = torch.rand(batch, network.channels, network.size, network.size, device=device)
+        calls.append(_Call(network, images.contiguous(memory_format=torch.channels_last)))
+    return interleaved(calls, repeats, device)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Measured latencies of a convolution with its BatchNorm and activation.
+
+    Attributes:
+        inputs, outputs: channels of the whole layer.
+        depthwise: its outputs are its inputs, one by one.
+        milliseconds: by share of inputs, then of outputs, at `WIDTHS` (one row where depthwise).
+    """
+
+    inputs: int
+    outputs: int
+    depthwise: bool
+    milliseconds: tuple[tuple[float, ...], ...]
+
+    def at(self, inputs: float, outputs: float) -> float:
+        """Milliseconds at these widths, by linear interpolation; below the smallest, as at the smallest."""
+        row, share = _place(0.0 if self.depthwise else inputs / self.inputs)
+        column, part = _place(outputs / self.outputs)
+        rows = self.milliseconds
+        if self.depthwise:
+            row, share = 0, 0.0
+        below = rows[min(row + 1, len(rows) - 1)]
+        across = [line[column] * (1 - part) + line[column + 1] * part for line in (rows[row], below)]
+        return across[0] * (1 - share) + across[1] * share
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What every convolution of a network costs on this device, as its width changes."""
+
+    layers: dict[str, Layer]
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, network: Classifier, batch: int = 64, repeats: int = 7) -> LatencyTable:
+        """Measure `network`, layer by layer. A table holds for this device and this batch."""
+        shapes: dict[str, torch.Size] = {}
+        convolutions = {
+            name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)
+        }
+        handles = [
+            layer.register_forward_pre_hook(
+                lambda _, inputs, name=name: shapes.update({name: inputs[0].shape})
+            )
+            for name, layer in convolutions.items()
+        ]
+        device = network.mean.device
+        try:
+            network(torch.zeros(1, network.channels, network.size, network.size, device=device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        layers = {}
+        for name, layer in convolutions.items():
+            depthwise = 1 < layer.groups == layer.in_channels
+            sides = (1.0,) if depthwise or name == next(iter(convolutions)) else WIDTHS
+            units = [(side, out) for side in sides for out in WIDTHS]
+            calls = [_unit(layer, shapes[name], batch, *unit, device) for unit in units]
+            medians = (1e3 * interleaved(calls, repeats, device).median(0).values).view(len(sides), -1)
+            rows = medians if depthwise else medians.expand(len(WIDTHS), -1)
+            cells = tuple(tuple(row) for row in rows.tolist())
+            layers[name] = Layer(layer.in_channels, layer.out_channels, depthwise, cells)
+        return cls(layers)
+
+    def of(self, network: nn.Module) -> float:
+        """Milliseconds of `network`, the measured one with fewer channels: the sum over its convolutions."""
+        return sum(
+            self.layers[name].at(layer.in_channels, layer.out_channels)
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.Conv2d)
+        )
+
+    def saving(self, network: nn.Module, group: Group) -> float:
+        """Milliseconds saved by one channel less of `group`, those that it feeds included."""
+        makers = {member.name for member in group.convolutions}
+        saved = 0.0
+        for name, layer in network.named_modules():
+            if not isinstance(layer, nn.Conv2d) or not (name in makers or name in group.consumers):
+                continue
+            inputs, outputs = layer.in_channels, layer.out_channels
+            fewer = inputs - (name in group.consumers), outputs - (name in makers)
+            saved += self.layers[name].at(inputs, outputs) - self.layers[name].at(*fewer)
+        return saved
+
+    def config(self) -> dict[str, dict]:
+        """The table in plain words and numbers."""
+        return {name: asdict(layer) for name, layer in self.layers.items()}
+
+
+class _Call:
+    def __init__(self, module: nn.Module, images: Tensor) -> None:
+        self.module, self.images = module, images
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        return self.module(self.images)
+
+
+def _unit(
+    layer: nn.Conv2d, shape: torch.Size, batch: int, side: float, out: float, device: torch.device
+) -> _Call:
+    """A convolution like `layer` at these shares of its width, with BatchNorm and activation."""
+    outputs = max(1, round(out * layer.out_channels))
+    inputs = max(1, round(side * layer.in_channels))
+    groups = 1
+    if layer.groups > 1:  # what is left of the groups, each as wide as before
+        groups = max(1, round(out * layer.groups))
+        inputs, outputs = (
+            groups * (width // layer.groups) for width in (layer.in_channels, layer.out_channels)
+        )
+    unit = nn.Sequential(
+        nn.Conv2d(
+            inputs, outputs, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
+            bias=layer.bias is not None,
+        ),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )  # fmt: skip
+    unit = unit.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    images = torch.rand(batch, inputs, *shape[2:], device=device)
+    return _Call(unit, images.contiguous(memory_format=torch.channels_last))
+
+
+def _place(share: float) -> tuple[int, float]:
+    """The measured width below `share`, by its number, and how far towards the next one."""
+    share = min(max(share, WIDTHS[0]), WIDTHS[-1])
+    index = min(sum(width <= share for width in WIDTHS) - 1, len(WIDTHS) - 2)
+    return index, (share - WIDTHS[index]) / (WIDTHS[index + 1] - WIDTHS[index])
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
