@@ -239,7 +239,7 @@ def student(
 # ---- what a notebook opens with, and how it shows things -------------------------------------------
 
 
-LONGEST = ("distillation", "generator")  # parts of a profile with a number of seeds of their own
+LONGEST = ("distillation", "generator", "pruning")  # parts of a profile with a number of seeds of their own
 
 
 def start(

@@ -107,6 +107,22 @@ class Generator:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """Tables 4, 5, 9 and 10; see `pruning.prune`. The paper prunes ResNet-50, and gives the ratios alone."""
+
+    ratios: tuple[float, ...] = (0.2, 0.5)  # of the filters
+    images: int = 4096  # on which importance is measured; ours, as all that follows
+    step: float = 0.01
+    updates: int = 5000  # of the distillation afterwards
+    batch: int = 256
+    rate: float = 0.02
+    front: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7)  # Table 5
+    faster: float = 0.4  # share of the latency that goes in Table 9
+    etas: tuple[float, ...] = (0.0, 0.003, 0.03, 0.3)  # Table 9, per millisecond of a batch of 64
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
 class Profile:
     """Everything a notebook may vary. Frozen: `load_profile(name, overrides)` makes variants."""
 
@@ -123,6 +139,7 @@ class Profile:
     sweep: Sweep = field(default_factory=Sweep)
     distillation: Distillation = field(default_factory=Distillation)
     generator: Generator = field(default_factory=Generator)
+    pruning: Pruning = field(default_factory=Pruning)
 
     def table(self) -> list[tuple[str, Any, Any]]:
         """Rows (setting, here, in the paper profile)."""
@@ -153,6 +170,7 @@ GPU = replace(
     sweep=Sweep(images=1024, bare=1024),
     distillation=Distillation(first=2560, rounds=90, updates=200, schedule="linear", steps=1000, every=5),
     generator=Generator(rounds=400, updates=50, warmup=40, every=10, compare=100, pixels=8),
+    pruning=Pruning(images=2048, step=0.02, updates=2000),
 )
 
 CPU = replace(
@@ -184,6 +202,15 @@ CPU = replace(
     ),
     generator=Generator(
         rounds=110, updates=22, steps=5, width=16, warmup=20, seeds=1, every=5, compare=20, pixels=3
+    ),
+    pruning=Pruning(
+        images=256,
+        step=0.05,
+        updates=100,
+        batch=128,
+        front=(0.2, 0.5, 0.7),
+        etas=(0.0, 0.01, 0.1),
+        seeds=1,
     ),
 )
 
@@ -234,6 +261,16 @@ SMOKE = replace(
         every=5,
         compare=10,
         pixels=2,
+    ),
+    pruning=Pruning(
+        images=128,
+        step=0.05,
+        updates=30,
+        batch=64,
+        front=(0.2, 0.5),
+        faster=0.05,  # of 8x8 images little time goes into what a filter less makes less
+        etas=(0.0, 0.1),
+        seeds=2,
     ),
 )
 

@@ -77,6 +77,11 @@ class Group:
         self.name, self.width = root.name, root.layer.out_channels
 
     @property
+    def network(self) -> Classifier:
+        """Whose channels these are."""
+        return self._graph.model
+
+    @property
     def gates(self) -> list[Member]:
         """Where a channel shuts when it goes: after the BatchNorm, or the convolution where there is none."""
         return self._norms or self.convolutions
@@ -95,7 +100,7 @@ class Group:
 
 
 def dependencies(network: Classifier) -> torch_pruning.DependencyGraph:
-    """The graph of what depends on what in `network`.
+    """The graph of what depends on what in `network`, found by gradients: no parameter may be frozen.
 
     Raises:
         ValueError: torch-pruning cannot follow the network.
@@ -141,10 +146,8 @@ def filter_count(network: nn.Module) -> int:
 # ---- what may go first -----------------------------------------------------------------------------
 
 
-def taylor(
-    network: Classifier, groups: list[Group], images: Tensor, labels: Tensor, batch: int = 128
-) -> list[Tensor]:
-    """First-order Taylor importance of every channel, one tensor a group.
+def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch: int = 128) -> list[Tensor]:
+    """First-order Taylor importance of every channel in the groups' network, one tensor a group.
 
     E_x[ (sum a dL/da)^2 ] with L = -log p(y | x): the sum runs over the channel's pixels and over all that
     the group shuts with it, the mean over images (Molchanov et al., CVPR 2019). It is to first order the
@@ -154,6 +157,7 @@ def taylor(
         images: uint8 or float32 (N, C, H, W).
         labels: y, (N,).
     """
+    network = groups[0].network
     device = network.mean.device
     totals = [torch.zeros(group.width, dtype=torch.float64) for group in groups]
     for part, answer in zip(images.split(batch), labels.split(batch), strict=True):
@@ -293,7 +297,7 @@ def prune(
     while 1 - left[target] < wanted - 1e-9:
         groups = groups_of(graph)
         if importance in ("kl", "cross-entropy"):
-            scores = taylor(small, groups, images, labels)
+            scores = taylor(groups, images, labels)
         elif importance == "magnitude":
             scores = [group.magnitude() for group in groups]
         else:

@@ -20,6 +20,12 @@ TABLE1: dict[str, tuple[tuple[float, str] | None, ...]] = {
     "adi": ((90.78, "S"), (90.36, "S"), (93.26, "V")),
 }
 
+# Table 4: ResNet-50 on ImageNet, top-1 in percent after removing this share of the filters.
+TABLE4: dict[tuple[str, float], tuple[float, str]] = {
+    ("no fine-tuning", 0.2): (16.6, "M"), ("adi", 0.2): (73.3, "M"),
+    ("no fine-tuning", 0.5): (1.9, "M"), ("deepinversion", 0.5): (55.9, "M"), ("adi", 0.5): (60.7, "M"),
+}  # fmt: skip
+
 
 def table1(row: str, pair: str) -> dict[str, Any]:
     """The paper's number for `Run.record`: its arguments `paper` and `paper_mark`, or none of them."""

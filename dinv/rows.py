@@ -102,11 +102,11 @@ def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Tenso
 
 
 def real_images(run: Run, row: str, seed: int) -> Tensor:
-    """The real training images of a ceiling: one percent of every class, or all."""
+    """The real training images of a ceiling: "1 % real" of every class, any other share so, or "all real"."""
     data = load_dataset(run.profile.dataset, "train")
     if row == "all real":
         return data.images
-    share = max(1, len(data) // (100 * len(data.classes)))
+    share = max(1, int(len(data) * float(row.split()[0])) // (100 * len(data.classes)))
     return data.per_class(share, torch.Generator().manual_seed(seed)).images
 
 

@@ -35,7 +35,7 @@ def describe() -> dict:
         "dirty": dirty,
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "peak_memory_mb": peak_memory(),
         "peak_cuda_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None,
@@ -46,6 +46,11 @@ def peak_memory() -> int:
     """The most memory this process has held, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))  # bytes there, KiB here
+
+
+def device_name() -> str:
+    """The accelerator's name where there is one, else the CPU's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def processor() -> str:

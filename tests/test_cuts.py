@@ -1,0 +1,75 @@
+"""The cells of the pruning tables: their images, what a cell holds, and that it needs no data."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dinv import chapters, cuts
+from dinv.profiles import load_profile
+
+SHORT = {
+    "distillation.steps": 3, "inversion.batch": 20, "distillation.first": 40, "distillation.rounds": 2,
+    "distillation.updates": 2, "distillation.batch": 20, "pruning.images": 30, "pruning.step": 0.1,
+    "pruning.updates": 2, "pruning.batch": 20,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "runs"))
+    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("DINV_PROGRESS", str(tmp_path / "progress.jsonl"))
+    run = chapters.start("05_pruning", "smoke", overrides=SHORT)
+    run.profile = dataclasses.replace(run.profile, retrain=False)
+    return run
+
+
+@pytest.mark.parametrize("row", cuts.DATA_FREE)
+def test_a_data_free_cell_needs_no_training_image(run, monkeypatch, row):
+    def only_tests(name, split, *more, original=cuts.load_dataset):
+        assert split == "test", "a data-free row asked for training images"
+        return original(name, split, *more)
+
+    for module in ("cuts", "rows", "chapters"):
+        monkeypatch.setattr(f"dinv.{module}.load_dataset", only_tests)
+    teacher = chapters.network(run, "teacher")
+    images = cuts.images_of(run, row, teacher, 0)
+    assert images.shape == (80, 1, 8, 8) and images.dtype == torch.uint8
+    cell = cuts.cut(run, row, teacher, images, filters=0.3)
+    assert cell.pruned.history[-1]["filters"] <= 0.7
+    assert 0 <= cell.before <= 100 and 0 <= cell.accuracy <= 100 and cell.seconds > 0
+
+
+def test_the_images_of_adi_begin_with_those_of_deepinversion(run):
+    teacher = chapters.network(run, "teacher")
+    plain, adaptive = (cuts.images_of(run, row, teacher, 0) for row in ("deepinversion", "adi"))
+    assert torch.equal(plain[:40], adaptive[:40]) and not torch.equal(plain, adaptive)
+
+
+def test_the_ceilings_have_their_share_of_every_class(run):
+    teacher = chapters.network(run, "teacher")
+    counts = [len(cuts.images_of(run, row, teacher, 0)) for row in cuts.CEILINGS]
+    assert counts[0] == 10 and counts[1] % 10 == 0 and counts[1] < counts[2] // 9
+    assert counts[2] > 1000
+
+
+def test_a_cell_is_found_again_and_differs_from_what_was_cut(run):
+    teacher = chapters.network(run, "teacher")
+    images = cuts.images_of(run, "noise", teacher, 0)
+    one, again = (cuts.cut(run, "x", teacher, images, filters=0.3) for _ in range(2))
+    assert chapters.digest(one.network) == chapters.digest(again.network)
+    assert chapters.digest(one.network) != chapters.digest(one.pruned.network)
+    assert one.seconds == again.seconds and one.pruned.removed == again.pruned.removed
+    bare = cuts.cut(run, "x", teacher, images, filters=0.3, updates=0)
+    assert chapters.digest(bare.network) == chapters.digest(bare.pruned.network)
+    assert bare.accuracy == bare.before == one.before
+
+
+def test_the_table_of_latencies_is_measured_once(run):
+    teacher = chapters.network(run, "teacher")
+    assert cuts.table_of(run, teacher) == cuts.table_of(run, teacher)
+
+
+def test_the_paper_removes_a_fifth_and_a_half():
+    assert load_profile("paper").pruning.ratios == (0.2, 0.5)
