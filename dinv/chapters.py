@@ -21,7 +21,7 @@ from dinv.inversion import InversionSettings, balanced_labels
 from dinv.models import Classifier, create_model, load_model, shipped_models
 from dinv.objectives import Objective
 from dinv.pool import Pool, synthesize
-from dinv.profiles import Profile, load_profile
+from dinv.profiles import SEEDED, Profile, load_profile
 from dinv.runs import Result, Run
 from dinv.store import sha256_tensors, stored, under
 from dinv.training import TrainingSettings
@@ -239,9 +239,6 @@ def student(
 # ---- what a notebook opens with, and how it shows things -------------------------------------------
 
 
-LONGEST = ("distillation", "generator", "pruning")  # parts of a profile with a number of seeds of their own
-
-
 def start(
     chapter: str, profile: str = "auto", seeds: int = 0, overrides: Mapping[str, Any] | None = None
 ) -> Run:
@@ -252,7 +249,7 @@ def start(
     """
     chosen = load_profile(profile, overrides)
     if seeds:
-        longest = {part: dataclasses.replace(getattr(chosen, part), seeds=seeds) for part in LONGEST}
+        longest = {part: dataclasses.replace(getattr(chosen, part), seeds=seeds) for part in SEEDED}
         chosen = dataclasses.replace(chosen, seeds=seeds, **longest)
     return Run(chapter, chosen)
 

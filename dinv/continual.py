@@ -36,8 +36,9 @@ class ContinualSettings:
         batch: images an update; where there are old images, each class has the same share of it.
         rate, warmup, schedule, decay: as in `training.TrainingSettings`.
         keep: weight of the agreement on the old outputs for the new images (third term; 0 leaves it out).
-        local: reckon the cross-entropy of new images among the new classes alone, so that it does not push
-            the old ones down (Smith et al., Always Be Dreaming, ICCV 2021).
+        local: what lies below the head learns from a cross-entropy among the new classes alone, so that it is
+            not taught to tell photographs from synthesised images; only the head learns from that over all
+            classes (Smith et al., Always Be Dreaming, ICCV 2021).
         features: weight of the squared distance between the features of old images in both networks,
             relative to the old features' own size; 0 leaves it out.
         pad, flip: random crops and mirror images.
@@ -95,18 +96,35 @@ def extend(network: Classifier, classes: Sequence[str], generator: torch.Generat
     twice = set(network.classes) & set(classes)
     if not classes or twice or len(set(classes)) < len(classes):
         raise ValueError(f"new classes must be new, and at least one: got {', '.join(classes) or 'none'}")
-    extended = copy.deepcopy(network)
-    name, old = head_of(extended)
-    head = nn.Linear(old.in_features, old.out_features + len(classes), bias=old.bias is not None)
-    drawn = torch.randn(len(classes), old.in_features, generator=generator)
+    _, old = head_of(network)
+    drawn = torch.randn(len(classes), old.in_features, generator=generator).to(old.weight.device)
     with torch.no_grad():
-        head.weight.copy_(torch.cat([old.weight.cpu(), old.weight.std().cpu() * drawn]))
-        if old.bias is not None:
-            head.bias.copy_(torch.cat([old.bias.cpu(), torch.zeros(len(classes))]))
+        weight = torch.cat([old.weight, old.weight.std() * drawn])
+        bias = torch.cat([old.bias, old.bias.new_zeros(len(classes))]) if old.bias is not None else None
+    return _with_head(network, weight, bias, network.classes + tuple(classes))
+
+
+def old_part(network: Classifier, count: int) -> Classifier:
+    """A frozen copy of `network` with its first `count` outputs: what it still says of the old classes."""
+    _, head = head_of(network)
+    bias = head.bias[:count] if head.bias is not None else None
+    return _with_head(network, head.weight[:count], bias, network.classes[:count]).freeze()
+
+
+def _with_head(
+    network: Classifier, weight: Tensor, bias: Tensor | None, classes: tuple[str, ...]
+) -> Classifier:
+    changed = copy.deepcopy(network)
+    name, old = head_of(changed)
+    head = nn.Linear(old.in_features, len(classes), bias=bias is not None, device=weight.device)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        if bias is not None:
+            head.bias.copy_(bias)
     parent, _, last = name.rpartition(".")
-    setattr(extended.get_submodule(parent), last, head.to(old.weight.device))
-    extended.classes = network.classes + tuple(classes)
-    return extended
+    setattr(changed.get_submodule(parent), last, head)
+    changed.classes = classes
+    return changed
 
 
 def renumbered(data: Dataset, network: Classifier) -> Dataset:
@@ -233,10 +251,11 @@ def _terms(
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss on one batch, whose first `share` images are of old classes."""
     compare = settings.features > 0 and share > 0
+    looking = compare or settings.local
     with autocast(batch.device):
-        with torch.no_grad(), _seen(old, compare) as before:
+        with torch.no_grad(), _seen(old, looking) as before:
             wanted = old(batch)
-        with _seen(network, compare) as after:
+        with _seen(network, looking) as after:
             given = network(batch)
     terms = {}
     if old_answers is not None:
@@ -245,6 +264,9 @@ def _terms(
         if share:
             terms["old"] = loss_on_old(given[:share], wanted[:share])
         terms["new"] = loss_on_new(given[share:], answers, len(old.classes), settings.local)
+    if settings.local:
+        said = head_of(network)[1](after[0][share:].detach().float())
+        terms["head"] = loss_on_new(said, answers, len(old.classes))
     if settings.keep:
         terms["keep"] = settings.keep * loss_of_keeping(given[share:], wanted[share:])
     if compare:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
+SEEDED = ("distillation", "generator", "pruning", "continual")  # parts with a number of seeds of their own
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,21 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class Continual:
+    """Table 7; see `continual.ContinualSettings`. The paper extends ImageNet by birds, and by flowers."""
+
+    domain: str = "mnist"  # ten new classes of another kind
+    splits: tuple[tuple[int, ...], ...] = ((5, 5), (6, 2, 2))  # of one data set: classes that are alike
+    epochs: int = 60  # of the teachers that know a part of the classes
+    images: int = 25_600  # inverted images of the old classes, each step; ours, as all that follows
+    updates: int = 5000
+    batch: int = 256
+    rate: float = 0.02
+    features: float = 1.0  # weight in the remedy
+    seeds: int = 3
+
+
+@dataclass(frozen=True)
 class Profile:
     """Everything a notebook may vary. Frozen: `load_profile(name, overrides)` makes variants."""
 
@@ -140,6 +156,7 @@ class Profile:
     distillation: Distillation = field(default_factory=Distillation)
     generator: Generator = field(default_factory=Generator)
     pruning: Pruning = field(default_factory=Pruning)
+    continual: Continual = field(default_factory=Continual)
 
     def table(self) -> list[tuple[str, Any, Any]]:
         """Rows (setting, here, in the paper profile)."""
@@ -171,6 +188,7 @@ GPU = replace(
     distillation=Distillation(first=2560, rounds=90, updates=200, schedule="linear", steps=1000, every=5),
     generator=Generator(rounds=400, updates=50, warmup=40, every=10, compare=100, pixels=8),
     pruning=Pruning(images=2048, step=0.02, updates=2000),
+    continual=Continual(epochs=30, images=5120, updates=2000),
 )
 
 CPU = replace(
@@ -212,6 +230,7 @@ CPU = replace(
         etas=(0.0, 0.01, 0.1),
         seeds=1,
     ),
+    continual=Continual(epochs=12, images=512, updates=120, batch=128, seeds=1),
 )
 
 SMOKE = replace(
@@ -272,6 +291,7 @@ SMOKE = replace(
         etas=(0.0, 0.1),
         seeds=2,
     ),
+    continual=Continual(domain="negative digits", epochs=8, images=128, updates=60, batch=64, seeds=2),
 )
 
 _ALL = {"smoke": SMOKE, "cpu": CPU, "gpu": GPU, "paper": PAPER}

@@ -13,6 +13,7 @@ from dinv.continual import (
     loss_on_new,
     loss_on_old,
     mixture,
+    old_part,
     renumbered,
 )
 from dinv.datasets import Dataset
@@ -62,6 +63,13 @@ def test_the_old_outputs_are_what_they_were(tiny, portrait):
     rows = head_of(network)[1].weight
     assert 0.3 < (rows[5:].std() / rows[:5].std()).item() < 3
     assert torch.equal(extend(old, NEW, generator())(images), logits)
+
+
+def test_the_old_part_of_an_extension_is_the_old_network(tiny):
+    old, network = extended(tiny)
+    part, images = old_part(network, 5), some_images() / 255
+    assert part.classes == old.classes
+    torch.testing.assert_close(part(images), old(images))
 
 
 def test_what_cannot_be_extended(tiny):
@@ -142,6 +150,7 @@ def test_new_classes_are_learnt_and_the_old_network_stays(tiny, portrait):
         ({}, {"keep": 0.0}, {"new"}),  # fine-tuning
         ({}, {}, {"new", "keep"}),  # LwF.MC
         ({"images": some_images()}, {"features": 1.0}, {"old", "new", "keep", "features"}),
+        ({"images": some_images()}, {"local": True}, {"old", "new", "keep", "head"}),
         ({"images": some_images(), "labels": torch.arange(30) % 5}, {"keep": 0.0}, {"new"}),
     ],
 )

