@@ -119,6 +119,7 @@ def invert(
     snapshots: Sequence[int] = (),
     callback: Callable[[Progress], None] | None = None,
     every: int = 50,
+    at_once: int = 0,
 ) -> Inversion:
     """Synthesise one batch of images that `teacher` takes for `labels`, from noise.
 
@@ -129,6 +130,8 @@ def invert(
         seed: fixes noise, jitter and flips; the same seed on the same machine gives the same bytes.
         snapshots: steps before which the images are copied (0 is the noise).
         callback: called after every `every` steps and after the last.
+        at_once: images that go through the networks together: the memory of so many, while the statistics
+            are still those of the whole batch. It costs one more forward pass. 0 takes all.
 
     Raises:
         ValueError: labels empty, of a wrong type, or out of the teacher's range; objective all zero;
@@ -142,7 +145,9 @@ def invert(
     device = teacher.mean.device
     labels = labels.to(device)
     objective = objective if isinstance(objective, Objective) else 1.0 * objective
-    step = inversion_step(teacher, objective, settings, batch=len(labels))
+    if at_once < 0:
+        raise ValueError(f"at_once={at_once} must be a number of images, or 0 for all")
+    step = inversion_step(teacher, objective, settings, batch=len(labels), at_once=at_once)
     generator = torch.Generator().manual_seed(seed)
     plan = settings.plan(teacher.size)
     total = sum(steps for steps, _ in plan)

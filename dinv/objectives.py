@@ -33,6 +33,8 @@ class View:
         logits: (N, K) of the teacher.
         features: the teacher's watched tensors by layer name (see `features.recorded`).
         images: the same pixels in [0, 1], for networks with a normalisation of their own.
+        share: of the whole batch that these images are; 1 unless it is taken in parts.
+        rest: by layer, what the other parts add to the batch's moments, see `moments`.
     """
 
     pixels: Tensor
@@ -40,12 +42,32 @@ class View:
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     images: Tensor | None = None
+    share: float | Tensor = 1.0
+    rest: Mapping[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def moments(self, name: str, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance per channel of a watched layer, over the whole batch.
+
+        Where the batch is taken in parts, `rest` has a centre c of the layer, and the sums of the other
+        parts' E[x - c] and E[(x - c)^2], each times the part's share.
+        """
+        mean, variance = moments(self.features[name], shift)
+        if name not in self.rest:
+            return mean, variance
+        centre, first, second = self.rest[name]
+        away = mean - centre
+        first = first + self.share * away
+        return centre + first, second + self.share * (variance + away**2) - first**2
 
 
 class Term:
-    """One equation. Subclasses set `name` and define `__call__(view) -> scalar`."""
+    """One equation. Subclasses set `name` and define `__call__(view) -> scalar`.
+
+    The scalar is a mean over images, or with `whole` a function of the batch's moments (`View.moments`).
+    """
 
     name = "term"
+    whole = False
 
     def bind(self, teacher: nn.Module) -> Term:
         """The term, ready for this teacher: looks up what it needs and refuses early."""
@@ -196,6 +218,7 @@ class FeatureStatistics(Term):
     """
 
     name = "feature statistics"
+    whole = True
 
     def __init__(
         self, distance: str = "l2", first: float = 1.0, statistics: Statistics | None = None
@@ -234,7 +257,7 @@ class FeatureStatistics(Term):
         total = view.pixels.new_zeros(())
         for index, name in enumerate(reference.layers):
             mean0, variance0 = reference.means[index], reference.variances[index]
-            mean, variance = moments(view.features[name], shift=mean0)
+            mean, variance = view.moments(name, shift=mean0)
             part = distance(mean, variance, mean0, variance0)
             total = total + (self.first * part if index == 0 else part)
         return total

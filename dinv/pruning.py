@@ -261,7 +261,7 @@ def prune(
     Filters go a few at a time, over all layers at once, and what is left is judged anew in between.
 
     Args:
-        images: uint8 (N, C, H, W), on which importance is measured.
+        images: uint8 or float32 in [0, 1], (N, C, H, W), on which importance is measured.
         filters, flops, latency: one of them: the share to remove, 0 to below 1; latency by `table`.
         importance: "kl", Taylor on the divergence from the original, no label anywhere; "cross-entropy",
             Taylor on the loss with `labels`; "magnitude" of the weights; "random".

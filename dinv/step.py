@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinv.features import watch
+from dinv.features import moments, watch
 from dinv.models import Classifier, autocast
 from dinv.objectives import Objective, View
 
@@ -38,6 +38,7 @@ class Step:
     def __init__(self, teacher: Classifier, objective: Objective, compiled: bool) -> None:
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.features: dict[str, Tensor] = {}
+        self.channels: list[int] = []  # of the watched layers, once `moments` has seen them
         self.compiled = compiled
         self.objective = objective
         self.weights = objective.weights
@@ -56,24 +57,46 @@ class Step:
         self.weights = objective.weights
         return self
 
-    def _forward(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        terms = self.objective.terms(self._view(pixels, labels))
+    def _forward(
+        self, pixels: Tensor, labels: Tensor, weights: Tensor, share: Tensor | None = None, *rest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        terms = self.objective.terms(self._view(pixels, labels, share, *rest))
         # Left in the dictionary, the features would be results of the compiled graph, each with a gradient
         # of zeros to be made and copied: a fifth of a step.
         self.features.clear()
         return terms @ weights, terms
 
-    def _view(self, pixels: Tensor, labels: Tensor) -> View:
+    def _view(self, pixels: Tensor, labels: Tensor, share: Tensor | None = None, *rest: Tensor) -> View:
         teacher = self.teacher
         with autocast(pixels.device):
             logits = teacher.net(pixels)
-        return View(pixels, labels, logits, self.features, pixels * teacher.std + teacher.mean)
+        images = pixels * teacher.std + teacher.mean
+        if share is None:
+            return View(pixels, labels, logits, self.features, images)
+        triples = zip(rest[0::3], rest[1::3], rest[2::3], strict=True)
+        others = dict(zip(self.objective.layers(), triples, strict=True))
+        return View(pixels, labels, logits, self.features, images, share, others)
 
-    def __call__(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, pixels: Tensor, labels: Tensor, weights: Tensor, share: Tensor | None = None, *rest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Terms and gradient; of a part of a batch with its share and, for every layer, `View.rest`."""
         pixels = pixels.detach().requires_grad_(True)
-        total, terms = self._run(pixels, labels, weights)
+        total, terms = self._run(pixels, labels, weights, *(() if share is None else (share, *rest)))
         (gradient,) = torch.autograd.grad(total, pixels)
         return terms.detach(), gradient
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every watched layer, all channels in a row: (channels,) each."""
+        with autocast(pixels.device):
+            self.teacher.net(pixels)
+        found = [moments(self.features[name]) for name in self.objective.layers()]
+        self.features.clear()
+        self.channels = [len(mean) for mean, _ in found]
+        means, variances = zip(*found, strict=True) if found else ((), ())
+        empty = pixels[:0].flatten()  # where no term looks at a layer
+        return torch.cat([empty, *means]), torch.cat([empty, *variances])
 
     def culprit(self, pixels: Tensor, labels: Tensor) -> str:
         """The first term whose gradient at `pixels` is not finite, or "the objective" itself."""
@@ -102,10 +125,61 @@ class Step:
 _steps: WeakKeyDictionary[Classifier, dict[tuple, Step]] = WeakKeyDictionary()
 
 
+class PartsStep:
+    """A step over a batch that is taken a few images at a time: their memory, the statistics of all.
+
+    A first pass, without gradients, measures each part's moments. In the second a part's gradient is that
+    of the whole batch's objective of which only the part moves, so that together they are the gradient.
+    """
+
+    def __init__(self, step: Step, size: int) -> None:
+        self.step, self.size = step, size
+        self.names, self.weights, self.compiled = step.names, step.weights, step.compiled
+
+    def __call__(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        parts = pixels.split(self.size)
+        shares = weights.new_tensor([len(part) / len(pixels) for part in parts])
+        found = [self.step.moments(part) for part in parts]
+        means, variances = (torch.stack(part) for part in zip(*found, strict=True))
+        centre = shares @ means
+        away = means - centre
+        seconds = shares[:, None] * (variances + away**2)
+        whole = torch.tensor([term.whole for _, term in self.step.objective.parts], device=pixels.device)
+        total, gradients = torch.zeros_like(weights), []
+        for index, (part, wanted) in enumerate(zip(parts, labels.split(self.size), strict=True)):
+            share = shares[index]
+            others = (centre, -share * away[index], seconds.sum(0) - seconds[index])
+            by_layer = zip(*(self._layers(other) for other in others), strict=True)
+            rest = [tensor for layer in by_layer for tensor in layer]
+            scaled = torch.where(whole, weights, share * weights)
+            terms, gradient = self.step(part, wanted, scaled, share, *rest)
+            total += share * terms
+            gradients.append(gradient)
+        self.compiled = self.step.compiled
+        return total, torch.cat(gradients)
+
+    def _layers(self, row: Tensor) -> tuple[Tensor, ...]:
+        return row.split(self.step.channels) if self.step.channels else ()
+
+    def culprit(self, pixels: Tensor, labels: Tensor) -> str:
+        """The first term whose gradient is not finite on some part, or "the objective" itself."""
+        for part in zip(pixels.split(self.size), labels.split(self.size), strict=True):
+            name = self.step.culprit(*part)
+            if name != "the objective":
+                return name
+        return "the objective"
+
+
 def inversion_step(
-    teacher: Classifier, objective: Objective, settings: InversionSettings, batch: int
-) -> Step:
-    """The step for this teacher and objective: a compiled one is made once and used again."""
+    teacher: Classifier, objective: Objective, settings: InversionSettings, batch: int, at_once: int = 0
+) -> Step | PartsStep:
+    """The step for this teacher and objective: a compiled one is made once and used again.
+
+    Args:
+        at_once: images that go through the network together; 0 is the whole batch.
+    """
+    if 0 < at_once < batch:
+        return PartsStep(inversion_step(teacher, objective, settings, at_once), at_once)
     objective = objective.bind(teacher)
     pays = settings.compile == "always" or (
         settings.compile == "auto" and compiling_pays(teacher, settings, batch)
@@ -153,8 +227,9 @@ def compile_method(method: MethodType) -> Callable:
     """
     function = method.__func__
     copied = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
-    )
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
     if not torch.cuda.is_available():  # where its tools are installed all the same, compiling warns of that
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return torch.compile(MethodType(copied, method.__self__), dynamic=False)
