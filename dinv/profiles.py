@@ -219,7 +219,7 @@ CPU = replace(
         every=1,
     ),
     generator=Generator(
-        rounds=110, updates=22, steps=5, width=16, warmup=20, seeds=1, every=5, compare=20, pixels=3
+        rounds=110, updates=22, steps=5, width=16, warmup=20, seeds=1, every=5, compare=40, pixels=2
     ),
     pruning=Pruning(
         images=256,

@@ -24,6 +24,7 @@ REDUCED = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_gpu_profile_runs_whole_in_parts_of_a_budget(tmp_path):
     words = ["--profile", "gpu", "--only", "03,04,08", "--budget", "60s"]
     for key, value in REDUCED.items():
