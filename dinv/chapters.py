@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dinv import distillation, figures, generator, inversion, training
-from dinv.datasets import load_dataset
-from dinv.distillation import DistillationSettings, Source
+from dinv.datasets import Dataset, load_dataset
+from dinv.distillation import DistillationSettings, PixelSource, Source
 from dinv.generator import GeneratorSettings, GeneratorSource
 from dinv.inversion import InversionSettings, balanced_labels
 from dinv.models import Classifier, create_model, load_model, shipped_models
@@ -71,17 +71,38 @@ def network(run: Run, role: str, seed: int = 0) -> Classifier:
 def trained(run: Run, role: str, seed: int = 0) -> tuple[Classifier, Result]:
     """Train the profile's teacher or judge from scratch, or find it trained: a cached stage."""
     profile = run.profile
-    name, settings = getattr(profile, role), training_settings(profile, role)
-    seed = stage_seed(seed, name)
-    model = create_model(name, profile.dataset, seed=seed).to(device())
+    name = getattr(profile, role)
+    model = create_model(name, profile.dataset, seed=stage_seed(seed, name)).to(device())
+
+    def data() -> Dataset:
+        return load_dataset(profile.dataset, "train", device())
+
+    return supervised(run, name, model, data, training_settings(profile, role), stage_seed(seed, name))
+
+
+def supervised(
+    run: Run,
+    name: str,
+    model: Classifier,
+    data: Callable[[], Dataset],
+    settings: TrainingSettings,
+    seed: int,
+    **more: Any,
+) -> tuple[Classifier, Result]:
+    """Train a fresh `model` in place, and freeze it: a cached and resumable stage.
+
+    Args:
+        data: called for the images where the stage is not found.
+        more: what decides the result besides the network's name, the data set, the settings and the seed.
+    """
 
     def make(checkpoint):
-        data = load_dataset(profile.dataset, "train", device())
         draws = torch.Generator().manual_seed(seed)
-        history = training.train(model, data, settings, draws, checkpoint)
+        history = training.train(model, data(), settings, draws, checkpoint)
         return model.state_dict(), {"history": history}
 
-    config = {"network": name, "dataset": profile.dataset, "seed": seed, **dataclasses.asdict(settings)}
+    config = {"network": model.name, "dataset": run.profile.dataset, "seed": seed}
+    config |= more | dataclasses.asdict(settings)
     result = run.stage("network", name, config, make, version=training.VERSION)
     model.load_state_dict(result.tensors)
     return model.freeze(), result
@@ -135,18 +156,27 @@ def pool(
 
 
 def generated(
-    run: Run, name: str, source: GeneratorSource, rounds: int, seed: int = 0
+    run: Run,
+    name: str,
+    source: GeneratorSource | PixelSource,
+    rounds: int,
+    seed: int = 0,
+    student: Classifier | None = None,
 ) -> tuple[Pool, Result]:
-    """A pool by a generator without a student, as a cached and resumable stage; meta: `seconds` a batch."""
+    """A pool by a source, as a cached and resumable stage; meta: `seconds` a batch.
+
+    Args:
+        student: whom the source competes with, where it does; stays as it is.
+    """
+    competitor = source.teacher if student is None else student
 
     def make(checkpoint):
-        images, seconds = generator.synthesize(source, rounds, checkpoint)
+        images, seconds = generator.synthesize(source, rounds, competitor, checkpoint)
         return {"images": images}, {"seconds": seconds}
 
     config = {"source": source.config(), "rounds": rounds}
-    result = run.stage(
-        "pool", f"{name}-seed{seed}", config, make, [digest(source.teacher)], version=generator.VERSION
-    )
+    inputs = [digest(network) for network in (source.teacher, student) if network is not None]
+    result = run.stage("pool", f"{name}-seed{seed}", config, make, inputs, version=generator.VERSION)
     return Pool(result.tensors["images"], source.labels.cpu().repeat(rounds)), result
 
 

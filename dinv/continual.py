@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.datasets import Dataset, augment
-from dinv.models import Classifier, autocast
+from dinv.models import Classifier, autocast, inputs_of, to_float
 from dinv.store import Sparingly
 from dinv.training import SCHEDULES, learning_rate, optimizer_for, predict, restore, snapshot
 
@@ -251,11 +251,11 @@ def _terms(
 ) -> dict[str, Tensor]:
     """The weighted terms of the loss on one batch, whose first `share` images are of old classes."""
     compare = settings.features > 0 and share > 0
-    looking = compare or settings.local
+    heads = [head_of(model)[1] for model in (old, network)]
     with autocast(batch.device):
-        with torch.no_grad(), _seen(old, looking) as before:
+        with torch.no_grad(), inputs_of(heads[0]) as before:
             wanted = old(batch)
-        with _seen(network, looking) as after:
+        with inputs_of(heads[1]) as after:
             given = network(batch)
     terms = {}
     if old_answers is not None:
@@ -265,7 +265,7 @@ def _terms(
             terms["old"] = loss_on_old(given[:share], wanted[:share])
         terms["new"] = loss_on_new(given[share:], answers, len(old.classes), settings.local)
     if settings.local:
-        said = head_of(network)[1](after[0][share:].detach().float())
+        said = heads[1](after[0][share:].detach().float())
         terms["head"] = loss_on_new(said, answers, len(old.classes))
     if settings.keep:
         terms["keep"] = settings.keep * loss_of_keeping(given[share:], wanted[share:])
@@ -278,26 +278,7 @@ def _terms(
 def _prepared(
     images: Tensor, settings: ContinualSettings, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    images = augment(images.to(device), generator, pad=settings.pad, flip=settings.flip)
-    return images.float().div_(255)
-
-
-class _seen:
-    """While open, what the head of a network is given; nothing is recorded where it is not `wanted`."""
-
-    def __init__(self, network: Classifier, wanted: bool) -> None:
-        self.network, self.wanted, self.features = network, wanted, []
-
-    def __enter__(self) -> list[Tensor]:
-        if self.wanted:
-            self.handle = head_of(self.network)[1].register_forward_pre_hook(
-                lambda _, inputs: self.features.append(inputs[0])
-            )
-        return self.features
-
-    def __exit__(self, *_: object) -> None:
-        if self.wanted:
-            self.handle.remove()
+    return to_float(augment(images.to(device), generator, pad=settings.pad, flip=settings.flip), device)
 
 
 def _require_fitting(

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinv import chapters, distillation, pruning, rows
+from dinv import chapters, distillation, latency, pruning, rows
 from dinv.datasets import load_dataset
-from dinv.distillation import DistillationSettings
 from dinv.inversion import balanced_labels
 from dinv.latency import LatencyTable, Layer
 from dinv.metrics import accuracy
@@ -73,7 +72,7 @@ def table_of(run: Run, teacher: Classifier) -> LatencyTable:
     def make(checkpoint):
         return {}, {"layers": LatencyTable.measure(teacher).config()}
 
-    result = run.stage("latency", teacher.name, machine, make, [chapters.digest(teacher)])
+    result = run.stage("latency", teacher.name, machine, make, [chapters.digest(teacher)], latency.VERSION)
     return LatencyTable({name: _layer(entry) for name, entry in result.meta["layers"].items()})
 
 
@@ -105,10 +104,9 @@ def cut(
     updates = chosen.updates if updates is None else updates
     count = min(chosen.images, len(images))
     seen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-    settings = DistillationSettings(
-        rounds=1, updates=max(1, updates), batch=chosen.batch, rate=chosen.rate, schedule="linear",
-        temperature=run.profile.distillation.temperature, pad=run.profile.teacher_training.pad,
-        flip=run.profile.teacher_training.flip, compile="never",  # no two networks have the same shape
+    settings = chapters.distillation_settings(
+        run.profile, rounds=1, updates=max(1, updates), batch=chosen.batch, rate=chosen.rate,
+        schedule="linear", compile="never",  # no two networks have the same shape
     )  # fmt: skip
     config = {
         "options": options, "step": chosen.step, "seed": seed, "count": count, "updates": updates,
@@ -134,11 +132,10 @@ def cut(
         "pruned", f"{name}-seed{seed}", config, make, [chapters.digest(teacher)], version=pruning.VERSION
     )
     removed = [(layer, channels) for layer, channels in result.meta["removed"]]
-    networks = []
-    for part in ("pruned.", "model."):
-        network = pruning.restructured(teacher, removed)
+    structure = pruning.restructured(teacher, removed)
+    networks = [structure, copy.deepcopy(structure)]
+    for network, part in zip(networks, ("pruned.", "model."), strict=True):
         network.load_state_dict(under(part, result.tensors))
-        networks.append(network.freeze())
     test = load_dataset(run.profile.dataset, "test", chapters.device())
     scores = [accuracy(network, test.images, test.labels) for network in networks]
     return Cut(Pruned(networks[0], removed, result.meta["history"]), networks[1], *scores, result.seconds)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dinv.models.classifier import evaluating
+from dinv.models.classifier import evaluating, to_float
 from dinv.store import sha256_tensors
 
 
@@ -163,8 +163,7 @@ def measure_statistics(
     second: dict[str, Tensor] = {}
     with evaluating(model), recorded(model, layers) as features:
         for part in images.split(batch):
-            part = part.to(device)
-            model(part.float().div_(255) if part.dtype == torch.uint8 else part)
+            model(to_float(part, device))
             weight = part.shape[0] / images.shape[0]
             for name in layers:
                 mean, variance = (m.double() for m in moments(features[name]))

@@ -257,8 +257,10 @@ class GeneratorSource(Source):
             self.start[name].copy_(value)
 
 
-def synthesize(source: GeneratorSource, rounds: int, checkpoint: Any = None) -> tuple[Tensor, list[float]]:
-    """`rounds` batches of a source without a student: uint8 images, and the seconds of each batch.
+def synthesize(
+    source: Source, rounds: int, student: Classifier, checkpoint: Any = None
+) -> tuple[Tensor, list[float]]:
+    """`rounds` batches of a source for a student that stays as it is: uint8 images, and seconds of each.
 
     With a `runs.Checkpoint` a killed synthesis goes on at a later batch and ends in the same bytes.
     """
@@ -271,7 +273,7 @@ def synthesize(source: GeneratorSource, rounds: int, checkpoint: Any = None) -> 
     save = Sparingly(checkpoint)
     for number in range(len(seconds), rounds):
         began = time.perf_counter()
-        made.append(source(number, source.teacher))
+        made.append(source(number, student))
         seconds.append(time.perf_counter() - began)
         if checkpoint is not None:
             checkpoint.progress(number + 1, rounds)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinv import chapters, continual, rows, training
+from dinv import chapters, continual, rows
 from dinv.chapters import stage_seed
 from dinv.continual import ContinualSettings, Mixture
-from dinv.datasets import Dataset, load_dataset, to_rgb
+from dinv.datasets import DATASETS, Dataset, load_dataset, to_rgb
 from dinv.distillation import PixelSource
 from dinv.metrics import accuracy
 from dinv.models import Classifier, create_model
@@ -61,23 +61,15 @@ def teacher_of_part(run: Run, count: int) -> tuple[Classifier, Result]:
         chapters.training_settings(profile, "teacher"), epochs=profile.continual.epochs,
         small_epochs=min(profile.teacher_training.small_epochs, profile.continual.epochs // 2),
     )  # fmt: skip
-    data = part_of(load_dataset(profile.dataset, "train", chapters.device()), 0, count)
+    classes = DATASETS[profile.dataset][:count]
     seed = stage_seed(0, f"{profile.teacher}-{count}")
-    model = create_model(profile.teacher, profile.dataset, seed=seed, classes=data.classes)
-    model = model.to(chapters.device())
+    model = create_model(profile.teacher, profile.dataset, seed=seed, classes=classes).to(chapters.device())
 
-    def make(checkpoint):
-        draws = torch.Generator().manual_seed(seed)
-        history = training.train(model, data, settings, draws, checkpoint)
-        return model.state_dict(), {"history": history}
+    def data() -> Dataset:
+        return part_of(load_dataset(profile.dataset, "train", chapters.device()), 0, count)
 
-    config = {"network": profile.teacher, "dataset": profile.dataset, "classes": list(data.classes)}
-    config |= {"seed": seed, **dataclasses.asdict(settings)}
-    result = run.stage(
-        "network", f"{profile.teacher}-{count}-classes", config, make, version=training.VERSION
-    )
-    model.load_state_dict(result.tensors)
-    return model.freeze(), result
+    name = f"{profile.teacher}-{count}-classes"
+    return chapters.supervised(run, name, model, data, settings, seed, classes=list(classes))
 
 
 def scenario(run: Run, counts: tuple[int, ...], step: int = 0) -> dict[str, Dataset]:
@@ -153,18 +145,12 @@ def adaptive(
         old, rows.objective(profile, "deepinversion"), rows.inversion_settings(profile), batch=batch,
         seed=seed, first=len(plain) // batch, competition=profile.distillation.competition,
     )  # fmt: skip
-    student = continual.old_part(network, len(old.classes))
     rounds = len(plain) // 2 // batch
-
-    def make(checkpoint):
-        return {"images": torch.cat([source(number, student) for number in range(rounds)])}, {}
-
-    config = {"source": source.config(), "rounds": rounds}
-    inputs = [chapters.digest(old), chapters.digest(student)]
-    result = run.stage("pool", f"old-adi-{len(old.classes)}-classes-seed{seed}", config, make, inputs)
-    return torch.cat(
-        [plain[: len(plain) - len(result.tensors["images"])], result.tensors["images"]]
-    ), result.seconds
+    made, result = chapters.generated(
+        run, f"old-adi-{len(old.classes)}-classes", source, rounds, seed,
+        student=continual.old_part(network, len(old.classes)),
+    )  # fmt: skip
+    return torch.cat([plain[: len(plain) - len(made)], made.images]), result.seconds
 
 
 def step(

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dinv.models import Classifier
+from dinv.models import Classifier, inputs_of
 
 if TYPE_CHECKING:
     from dinv.pruning import Group
 
+VERSION = 2  # part of a measured table's key: raise it when a table holds something else
 WIDTHS = (0.25, 0.5, 0.75, 1.0)  # shares of its channels at which a layer is measured
 
 
@@ -54,24 +56,19 @@ class Layer:
 
     Attributes:
         inputs, outputs: channels of the whole layer.
-        depthwise: its outputs are its inputs, one by one.
-        milliseconds: by share of inputs, then of outputs, at `WIDTHS` (one row where depthwise).
+        milliseconds: by share of inputs, then of outputs, at `WIDTHS`.
     """
 
     inputs: int
     outputs: int
-    depthwise: bool
     milliseconds: tuple[tuple[float, ...], ...]
 
     def at(self, inputs: float, outputs: float) -> float:
         """Milliseconds at these widths, by linear interpolation; below the smallest, as at the smallest."""
-        row, share = _place(0.0 if self.depthwise else inputs / self.inputs)
+        row, share = _place(inputs / self.inputs)
         column, part = _place(outputs / self.outputs)
-        rows = self.milliseconds
-        if self.depthwise:
-            row, share = 0, 0.0
-        below = rows[min(row + 1, len(rows) - 1)]
-        across = [line[column] * (1 - part) + line[column + 1] * part for line in (rows[row], below)]
+        pair = self.milliseconds[row : row + 2]
+        across = [line[column] * (1 - part) + line[column + 1] * part for line in pair]
         return across[0] * (1 - share) + across[1] * share
 
 
@@ -85,32 +82,22 @@ class LatencyTable:
     @torch.no_grad()
     def measure(cls, network: Classifier, batch: int = 64, repeats: int = 7) -> LatencyTable:
         """Measure `network`, layer by layer. A table holds for this device and this batch."""
-        shapes: dict[str, torch.Size] = {}
         convolutions = {
             name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)
         }
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, inputs, name=name: shapes.update({name: inputs[0].shape})
-            )
-            for name, layer in convolutions.items()
-        ]
         device = network.mean.device
-        try:
+        with ExitStack() as stack:
+            seen = {name: stack.enter_context(inputs_of(layer)) for name, layer in convolutions.items()}
             network(torch.zeros(1, network.channels, network.size, network.size, device=device))
-        finally:
-            for handle in handles:
-                handle.remove()
         layers = {}
         for name, layer in convolutions.items():
-            depthwise = 1 < layer.groups == layer.in_channels
-            sides = (1.0,) if depthwise or name == next(iter(convolutions)) else WIDTHS
+            fixed = 1 < layer.groups == layer.in_channels or name == next(iter(convolutions))
+            sides = (1.0,) if fixed else WIDTHS  # of a depthwise layer's inputs there are as many as outputs
             units = [(side, out) for side in sides for out in WIDTHS]
-            calls = [_unit(layer, shapes[name], batch, *unit, device) for unit in units]
+            calls = [_unit(layer, seen[name][0].shape, batch, *unit, device) for unit in units]
             medians = (1e3 * interleaved(calls, repeats, device).median(0).values).view(len(sides), -1)
-            rows = medians if depthwise else medians.expand(len(WIDTHS), -1)
-            cells = tuple(tuple(row) for row in rows.tolist())
-            layers[name] = Layer(layer.in_channels, layer.out_channels, depthwise, cells)
+            cells = tuple(tuple(row) for row in medians.expand(len(WIDTHS), -1).tolist())
+            layers[name] = Layer(layer.in_channels, layer.out_channels, cells)
         return cls(layers)
 
     def of(self, network: nn.Module) -> float:

@@ -13,7 +13,7 @@ from dinv.features import (
     layer_distances,
     measure_statistics,
 )
-from dinv.models import Classifier
+from dinv.models import Classifier, inputs_of
 from dinv.training import accuracy, predict
 
 __all__ = [
@@ -82,13 +82,9 @@ def embed(model: Classifier, images: Tensor) -> Tensor:
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"{model.name} has no linear layer, so no embedding before it")
-    seen: list[Tensor] = []
-    handle = linear[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1)))
-    try:
+    with inputs_of(linear[-1]) as seen:
         predict(model, images)
-    finally:
-        handle.remove()
-    return torch.cat(seen).float()
+    return torch.cat(seen).flatten(1).float()
 
 
 @dataclass(frozen=True)

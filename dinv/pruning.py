@@ -26,9 +26,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dinv.latency import LatencyTable
-from dinv.models import Classifier
+from dinv.models import Classifier, to_float
 from dinv.step import forward_flops
 from dinv.store import canonical_json, read_tensors, stored, write_tensors
+from dinv.training import predict
 
 VERSION = 1  # part of a pruned network's key: raise it when the same settings remove other filters
 IMPORTANCES = ("kl", "cross-entropy", "magnitude", "random")
@@ -93,22 +94,20 @@ class Group:
 
     def remove(self, channels: list[int]) -> None:
         """Take these channels out of every layer that has them."""
-        layer = self.convolutions[0].layer
-        function = self._graph.get_pruner_of_module(layer).prune_out_channels
-        with _quiet():
-            self._graph.get_pruning_group(layer, function, channels).prune()
+        _coupled(self._graph, self.convolutions[0].layer, channels).prune()
 
 
 def dependencies(network: Classifier) -> torch_pruning.DependencyGraph:
-    """The graph of what depends on what in `network`, found by gradients: no parameter may be frozen.
+    """The graph of what depends on what in a copy of `network`, its `model`; what is pruned is the copy.
 
     Raises:
         ValueError: torch-pruning cannot follow the network.
     """
+    small = copy.deepcopy(network).eval().requires_grad_(True)  # the graph is found by its gradients
     example = network.mean.new_zeros(1, network.channels, network.size, network.size)
     try:
         with torch.enable_grad(), _quiet():
-            return torch_pruning.DependencyGraph().build_dependency(network, example, verbose=False)
+            return torch_pruning.DependencyGraph().build_dependency(small, example, verbose=False)
     except Exception as error:
         raise ValueError(
             f"{network.name} cannot be pruned: its graph cannot be followed ({error}). It must be made of "
@@ -126,16 +125,21 @@ def groups_of(graph: torch_pruning.DependencyGraph) -> list[Group]:
     for layer in graph.model.modules():
         known = any(layer is member.layer for group in found for member in group.convolutions)
         if isinstance(layer, nn.Conv2d) and layer in graph.module2node and not known:
-            function = graph.get_pruner_of_module(layer).prune_out_channels
-            with _quiet():
-                whole = graph.get_pruning_group(layer, function, list(range(layer.out_channels)))
-            found.append(Group(graph, whole))
+            found.append(Group(graph, _coupled(graph, layer, list(range(layer.out_channels)))))
     found = [group for group in found if group.consumers]
     if not found:
         raise ValueError(
             f"{graph.model.name} cannot be pruned: it has no convolution whose filters another layer takes"
         )
     return found
+
+
+def _coupled(
+    graph: torch_pruning.DependencyGraph, layer: nn.Module, channels: list[int]
+) -> torch_pruning.Group:
+    """All that goes when these filters of a convolution go."""
+    with _quiet():
+        return graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, channels)
 
 
 def filter_count(network: nn.Module) -> int:
@@ -161,10 +165,8 @@ def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch: int = 128
     device = network.mean.device
     totals = [torch.zeros(group.width, dtype=torch.float64) for group in groups]
     for part, answer in zip(images.split(batch), labels.split(batch), strict=True):
-        part = part.to(device)
-        part = part.float().div_(255) if part.dtype == torch.uint8 else part
         with torch.enable_grad(), _outputs(groups) as outputs:
-            loss = F.cross_entropy(network(part), answer.to(device), reduction="sum")
+            loss = F.cross_entropy(network(to_float(part, device)), answer.to(device), reduction="sum")
         wanted = list(outputs.values())
         slopes = torch.autograd.grad(loss, wanted)
         change = {
@@ -179,22 +181,14 @@ def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch: int = 128
     return [(total / len(images)).float() for total in totals]
 
 
-@torch.no_grad()
-def drawn_answers(
-    network: Classifier, images: Tensor, generator: torch.Generator, batch: int = 500
-) -> Tensor:
+def drawn_answers(network: Classifier, images: Tensor, generator: torch.Generator) -> Tensor:
     """A class for every image, drawn from the network's own probabilities.
 
     KL( p_T || p_S ) is the mean of -log p_S(y) over y drawn from p_T, up to a constant: with these in the
     place of labels, `taylor` measures the divergence from the original network. (Its plain gradient would
     be of no use: it is zero while both networks are equal.)
     """
-    device, answers = network.mean.device, []
-    for part in images.split(batch):
-        part = part.to(device)
-        part = part.float().div_(255) if part.dtype == torch.uint8 else part
-        answers.append(torch.multinomial(network(part).softmax(1).cpu(), 1, generator=generator)[:, 0])
-    return torch.cat(answers)
+    return torch.multinomial(predict(network, images).softmax(1).cpu(), 1, generator=generator)[:, 0]
 
 
 @contextmanager
@@ -282,10 +276,8 @@ def prune(
     if table is None and (target == "latency" or eta):
         raise ValueError("latency is measured first: give a table, LatencyTable.measure(network)")
     generator = torch.Generator().manual_seed(seed)
-    small = copy.deepcopy(network).eval().requires_grad_(True)  # the graph is found by its gradients
-    graph = dependencies(small)
-    if importance == "kl":
-        labels = drawn_answers(network, images, generator)
+    graph = dependencies(network)
+    small = graph.model
 
     def size() -> dict[str, float]:
         measured = {"filters": float(filter_count(small)), "flops": float(forward_flops(small))}
@@ -293,6 +285,8 @@ def prune(
 
     whole = size()
     least = {group.name: max(1, math.ceil(keep * group.width)) for group in groups_of(graph)}
+    if importance == "kl":
+        labels = drawn_answers(network, images, generator)
     left, history = {name: 1.0 for name in whole}, []
     while 1 - left[target] < wanted - 1e-9:
         groups = groups_of(graph)
@@ -331,16 +325,14 @@ def restructured(original: Classifier, removed: list[tuple[str, list[int]]]) -> 
     Raises:
         ValueError: they are not of this network.
     """
-    small = copy.deepcopy(original).eval().requires_grad_(True)
-    graph, layers = dependencies(small), dict(small.named_modules())
+    graph = dependencies(original)
+    layers = dict(graph.model.named_modules())
     for name, channels in removed:
         layer = layers.get(name)
         if not isinstance(layer, _ConvNd) or max(channels) >= layer.out_channels:
             raise ValueError(f"{original.name} is not the network that was pruned: look at its layer {name}")
-        with _quiet():
-            function = graph.get_pruner_of_module(layer).prune_out_channels
-            graph.get_pruning_group(layer, function, list(channels)).prune()
-    return small.freeze()
+        _coupled(graph, layer, list(channels)).prune()
+    return graph.model.freeze()
 
 
 def load_pruned(path: str | Path, original: Classifier) -> Pruned:

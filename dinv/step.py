@@ -38,7 +38,6 @@ class Step:
     def __init__(self, teacher: Classifier, objective: Objective, compiled: bool) -> None:
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.features: dict[str, Tensor] = {}
-        self.channels: list[int] = []  # of the watched layers, once `moments` has seen them
         self.compiled = compiled
         self.objective = objective
         self.weights = objective.weights
@@ -87,16 +86,13 @@ class Step:
         return terms.detach(), gradient
 
     @torch.no_grad()
-    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every watched layer, all channels in a row: (channels,) each."""
+    def moments(self, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance per channel of every watched layer."""
         with autocast(pixels.device):
             self.teacher.net(pixels)
         found = [moments(self.features[name]) for name in self.objective.layers()]
         self.features.clear()
-        self.channels = [len(mean) for mean, _ in found]
-        means, variances = zip(*found, strict=True) if found else ((), ())
-        empty = pixels[:0].flatten()  # where no term looks at a layer
-        return torch.cat([empty, *means]), torch.cat([empty, *variances])
+        return found
 
     def culprit(self, pixels: Tensor, labels: Tensor) -> str:
         """The first term whose gradient at `pixels` is not finite, or "the objective" itself."""
@@ -122,9 +118,6 @@ class Step:
             return self._forward(*inputs)
 
 
-_steps: WeakKeyDictionary[Classifier, dict[tuple, Step]] = WeakKeyDictionary()
-
-
 class PartsStep:
     """A step over a batch that is taken a few images at a time: their memory, the statistics of all.
 
@@ -139,27 +132,24 @@ class PartsStep:
     def __call__(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         parts = pixels.split(self.size)
         shares = weights.new_tensor([len(part) / len(pixels) for part in parts])
-        found = [self.step.moments(part) for part in parts]
-        means, variances = (torch.stack(part) for part in zip(*found, strict=True))
-        centre = shares @ means
-        away = means - centre
-        seconds = shares[:, None] * (variances + away**2)
+        layers = []  # of each the centre, and for every part what the others add to the moments about it
+        for found in zip(*(self.step.moments(part) for part in parts), strict=True):
+            means, variances = (torch.stack(part) for part in zip(*found, strict=True))
+            centre = shares @ means
+            firsts = shares[:, None] * (means - centre)  # their sum is zero
+            seconds = shares[:, None] * (variances + (means - centre) ** 2)
+            layers.append((centre, -firsts, seconds.sum(0) - seconds))
         whole = torch.tensor([term.whole for _, term in self.step.objective.parts], device=pixels.device)
         total, gradients = torch.zeros_like(weights), []
         for index, (part, wanted) in enumerate(zip(parts, labels.split(self.size), strict=True)):
             share = shares[index]
-            others = (centre, -share * away[index], seconds.sum(0) - seconds[index])
-            by_layer = zip(*(self._layers(other) for other in others), strict=True)
-            rest = [tensor for layer in by_layer for tensor in layer]
+            rest = [x for centre, first, second in layers for x in (centre, first[index], second[index])]
             scaled = torch.where(whole, weights, share * weights)
             terms, gradient = self.step(part, wanted, scaled, share, *rest)
             total += share * terms
             gradients.append(gradient)
         self.compiled = self.step.compiled
         return total, torch.cat(gradients)
-
-    def _layers(self, row: Tensor) -> tuple[Tensor, ...]:
-        return row.split(self.step.channels) if self.step.channels else ()
 
     def culprit(self, pixels: Tensor, labels: Tensor) -> str:
         """The first term whose gradient is not finite on some part, or "the objective" itself."""
@@ -168,6 +158,9 @@ class PartsStep:
             if name != "the objective":
                 return name
         return "the objective"
+
+
+_steps: WeakKeyDictionary[Classifier, dict[tuple, Step]] = WeakKeyDictionary()
 
 
 def inversion_step(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.datasets import Dataset, augment
-from dinv.models import Classifier, autocast, evaluating
+from dinv.models import Classifier, autocast, evaluating, to_float
 from dinv.store import under
 
 VERSION = 1  # part of a cached training's key: raise it when the same settings give other weights
@@ -191,8 +191,7 @@ def predict(model: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
     logits = []
     with evaluating(model):
         for part in images.split(batch):
-            part = part.to(device)
-            part = part.float().div_(255) if part.dtype == torch.uint8 else part
+            part = to_float(part, device)
             logits.append(model(part.contiguous(memory_format=torch.channels_last)).float())
     return torch.cat(logits)
 

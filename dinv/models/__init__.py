@@ -1,6 +1,13 @@
 """Networks: one name space, one kind of object (`Classifier`)."""
 
-from dinv.models.classifier import Classifier, autocast, evaluating, parameter_count
+from dinv.models.classifier import (
+    Classifier,
+    autocast,
+    evaluating,
+    inputs_of,
+    parameter_count,
+    to_float,
+)
 from dinv.models.registry import (
     DOMAINS,
     NETWORKS,
@@ -13,5 +20,5 @@ from dinv.models.registry import (
 
 __all__ = [
     "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "autocast", "create_model", "evaluating",
-    "load_model", "load_weights", "parameter_count", "shipped_models",
+    "inputs_of", "load_model", "load_weights", "parameter_count", "shipped_models", "to_float",
 ]  # fmt: skip

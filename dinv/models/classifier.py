@@ -68,6 +68,23 @@ class Classifier(nn.Module):
             raise ValueError(f"{self.name} was given an empty batch: at least one image is needed")
 
 
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """Images as a classifier takes them, on `device`: bytes become float32 in [0, 1]."""
+    images = images.to(device)
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+@contextmanager
+def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """While open, what `layer` is given, one entry a call."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 where it pays, that is on CUDA; elsewhere float32 as it is."""
     return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
