@@ -42,9 +42,13 @@ def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> Tensor:
     return rows.pool(run, row, teacher, seed)[0].images
 
 
-def asked_for(images: Tensor, teacher: Classifier) -> Tensor:
-    """The classes that the images of a pool were made for, in its order."""
-    return balanced_labels(len(images), len(teacher.classes))
+def asked_for(run: Run, row: str, images: Tensor, teacher: Classifier) -> Tensor:
+    """The classes that a row's inverted images were made for, in their order."""
+    if row != "adi":
+        return balanced_labels(len(images), len(teacher.classes))
+    first, batch = run.profile.distillation.first, run.profile.inversion.batch
+    parts = [first] + [batch] * ((len(images) - first) // batch)  # a source begins every batch with class 0
+    return torch.cat([balanced_labels(count, len(teacher.classes)) for count in parts])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dinv import chapters, cuts
+from dinv import chapters, cuts, rows
 from dinv.profiles import load_profile
 
 SHORT = {
@@ -45,6 +45,22 @@ def test_the_images_of_adi_begin_with_those_of_deepinversion(run):
     teacher = chapters.network(run, "teacher")
     plain, adaptive = (cuts.images_of(run, row, teacher, 0) for row in ("deepinversion", "adi"))
     assert torch.equal(plain[:40], adaptive[:40]) and not torch.equal(plain, adaptive)
+
+
+@pytest.mark.parametrize("row", ["deepdream", "deepinversion", "adi"])
+def test_labels_are_those_that_the_images_were_made_for(run, row):
+    # batches of 16 are no multiple of the ten classes
+    odd = {"inversion": {"batch": 16}, "distillation": {"first": 32}}
+    parts = {name: dataclasses.replace(getattr(run.profile, name), **new) for name, new in odd.items()}
+    run.profile = dataclasses.replace(run.profile, **parts)
+    teacher = chapters.network(run, "teacher")
+    images = cuts.images_of(run, row, teacher, 0)
+    pool, _ = rows.pool(run, "deepinversion" if row == "adi" else row, teacher, 0)
+    wanted = pool.labels
+    if row == "adi":
+        _, source, _ = rows.images_of(run, "adi", teacher, 0)
+        wanted = torch.cat([pool.labels[:32], source.labels.repeat(2)])
+    assert torch.equal(cuts.asked_for(run, row, images, teacher), wanted)
 
 
 def test_the_ceilings_have_their_share_of_every_class(run):
