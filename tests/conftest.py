@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dinv import chapters
 from dinv.models import Classifier
 
 
@@ -93,6 +95,32 @@ def hooks():
 def portrait():
     """`portrait(model)`: bytes, flags and hooks of a network, to compare before and after."""
     return _portrait
+
+
+# ---- stages ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(tmp_path, monkeypatch) -> Path:
+    """Cache, results and progress in a folder of the test's own, and no wish of the caller's."""
+    for name in ("DEADLINE", "FORCE", "PROGRESS", "PROFILE"):
+        monkeypatch.delenv(f"DINV_{name}", raising=False)
+    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "runs"))
+    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("DINV_PROGRESS", str(tmp_path / "progress.jsonl"))
+    return tmp_path
+
+
+@pytest.fixture
+def short_run(apart):
+    """`short_run(chapter, overrides)`: a smoke run with the shipped networks and these numbers."""
+
+    def start(chapter: str, overrides: dict) -> chapters.Run:
+        run = chapters.start(chapter, "smoke", overrides=overrides)
+        run.profile = dataclasses.replace(run.profile, retrain=False)
+        return run
+
+    return start
 
 
 # ---- interruptions -------------------------------------------------------------------------------

@@ -16,13 +16,8 @@ SHORT = {
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "runs"))
-    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("DINV_PROGRESS", str(tmp_path / "progress.jsonl"))
-    run = chapters.start("05_pruning", "smoke", overrides=SHORT)
-    run.profile = dataclasses.replace(run.profile, retrain=False)
-    return run
+def run(short_run):
+    return short_run("05_pruning", SHORT)
 
 
 @pytest.mark.parametrize("row", cuts.DATA_FREE)

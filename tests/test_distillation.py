@@ -269,13 +269,9 @@ def stage() -> Result:
     "number, first", [(0, 2), (1, 1), (2, 4)], ids=["in a round", "in a write", "before the last write"]
 )
 def test_a_distillation_killed_by_sigkill_goes_on_to_the_same_bytes(
-    killed, tmp_path, monkeypatch, number, first
+    killed, apart, monkeypatch, number, first
 ):
-    for name in ("DEADLINE", "FORCE", "PROGRESS", "PROFILE"):
-        monkeypatch.delenv(f"DINV_{name}", raising=False)
     monkeypatch.setattr(store.Sparingly, "share", store.Sparingly.share)  # the stage's own, given back
-    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "whole"))
     whole = stage()
     monkeypatch.setenv("DINV_CACHE", str(killed["distillation"][number]))
     rounds, original = [], distillation.invert

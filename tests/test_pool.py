@@ -140,11 +140,7 @@ def stage() -> Result:
 
 
 @pytest.mark.parametrize("number", range(3), ids=["in a batch", "in a write", "before the last write"])
-def test_a_pool_killed_by_sigkill_goes_on_to_the_same_bytes(killed, tmp_path, monkeypatch, number):
-    for name in ("DEADLINE", "FORCE", "PROGRESS", "PROFILE"):
-        monkeypatch.delenv(f"DINV_{name}", raising=False)
-    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "whole"))
+def test_a_pool_killed_by_sigkill_goes_on_to_the_same_bytes(killed, apart, monkeypatch, number):
     whole = stage()
     monkeypatch.setenv("DINV_CACHE", str(killed["pool"][number]))
     inverted, original = [], pool.invert

@@ -21,13 +21,8 @@ SHORT = {
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "runs"))
-    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("DINV_PROGRESS", str(tmp_path / "progress.jsonl"))
-    run = chapters.start("04_knowledge_distillation", "smoke", overrides=SHORT)
-    run.profile = dataclasses.replace(run.profile, retrain=False)
-    return run
+def run(short_run):
+    return short_run("04_knowledge_distillation", SHORT)
 
 
 def test_a_rows_objective_is_a_sum_that_grows(run):

@@ -149,12 +149,8 @@ def stage() -> Result:
     "number, first", [(0, 2), (1, 2), (2, 5)], ids=["in an epoch", "in a write", "before the last write"]
 )
 def test_a_training_killed_by_sigkill_goes_on_to_the_same_bytes(
-    killed, tmp_path, monkeypatch, number, first
+    killed, apart, monkeypatch, number, first
 ):
-    for name in ("DEADLINE", "FORCE", "PROGRESS", "PROFILE"):
-        monkeypatch.delenv(f"DINV_{name}", raising=False)
-    monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("DINV_CACHE", str(tmp_path / "whole"))
     whole = stage()
     monkeypatch.setenv("DINV_CACHE", str(killed["training"][number]))
     batches, original = [], training.augment
