@@ -26,7 +26,8 @@ REDUCED = {
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_gpu_profile_runs_whole_in_parts_of_a_budget(tmp_path):
-    words = ["--profile", "gpu", "--only", "03,04,08", "--budget", "60s"]
+    # a budget has to be longer than it takes to go through what is cached, or it never ends
+    words = ["--profile", "gpu", "--only", "03,04,08", "--budget", "90s"]
     for key, value in REDUCED.items():
         words += ["--set", f"{key}={value}"]
     variables = {key: value for key, value in os.environ.items() if not key.startswith("DINV_")}
@@ -38,7 +39,7 @@ def test_the_gpu_profile_runs_whole_in_parts_of_a_budget(tmp_path):
             cwd=repository_root(), env=variables, capture_output=True, text=True,
         )  # fmt: skip
         statuses.append(done.returncode)
-        assert len(statuses) < 30, "the budget is used up again and again: nothing is kept"
+        assert len(statuses) < 6, "the budget is used up again and again: nothing is kept"
     assert statuses[-1] == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 75 in statuses, "the budget was never used up: make it shorter"
     with open(tmp_path / "figures" / "gpu" / "results.csv", newline="") as file:
