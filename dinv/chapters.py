@@ -177,7 +177,8 @@ def generated(
     config = {"source": source.config(), "rounds": rounds}
     inputs = [digest(network) for network in (source.teacher, student) if network is not None]
     result = run.stage("pool", f"{name}-seed{seed}", config, make, inputs, version=generator.VERSION)
-    return Pool(result.tensors["images"], source.labels.cpu().repeat(rounds)), result
+    labels = torch.cat([source.labels(number) for number in range(rounds)])
+    return Pool(result.tensors["images"], labels), result
 
 
 # ---- students --------------------------------------------------------------------------------------

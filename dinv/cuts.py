@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dinv import chapters, distillation, latency, pruning, rows
 from dinv.datasets import load_dataset
-from dinv.inversion import balanced_labels
 from dinv.latency import LatencyTable, Layer
 from dinv.metrics import accuracy
 from dinv.models import Classifier
@@ -40,15 +39,6 @@ def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> Tensor:
         cell = rows.distilled(run, "adi", run.profile.distillation.pairs[0], seed)
         return torch.cat([made.images[: run.profile.distillation.first], cell.made])
     return rows.pool(run, row, teacher, seed)[0].images
-
-
-def asked_for(run: Run, row: str, images: Tensor, teacher: Classifier) -> Tensor:
-    """The classes that a row's inverted images were made for, in their order."""
-    if row != "adi":
-        return balanced_labels(len(images), len(teacher.classes))
-    first, batch = run.profile.distillation.first, run.profile.inversion.batch
-    parts = [first] + [batch] * ((len(images) - first) // batch)  # a source begins every batch with class 0
-    return torch.cat([balanced_labels(count, len(teacher.classes)) for count in parts])
 
 
 @dataclass(frozen=True)

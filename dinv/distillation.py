@@ -83,9 +83,9 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 class Source:
-    """Makes the new batch of a round: uint8 (N, C, H, W), a function of its state, round and student."""
+    """Makes a round's new batch: uint8 (N, C, H, W) or None, a function of its state, round and student."""
 
-    def __call__(self, number: int, student: Classifier) -> Tensor:
+    def __call__(self, number: int, student: Classifier) -> Tensor | None:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
@@ -120,21 +120,26 @@ class PixelSource(Source):
         competition: float = 0.0,
     ) -> None:
         self.teacher, self.objective, self.settings = teacher, objective, settings
-        self.labels = balanced_labels(batch, len(teacher.classes))
-        self.seed, self.first, self.competition = seed, first, competition
+        self.batch, self.seed, self.first, self.competition = batch, seed, first, competition
+
+    def labels(self, number: int) -> Tensor:
+        """The classes that batch `number` is made for: they run on from batch to batch, as in a pool."""
+        before = (self.first + number) * self.batch
+        return balanced_labels(before + self.batch, len(self.teacher.classes))[before:]
 
     def __call__(self, number: int, student: Classifier) -> Tensor:
         objective = self.objective
         if self.competition:
             objective = objective + self.competition * Competition(student)
         seed = batch_seed(self.seed, self.first + number)
-        return to_uint8(invert(self.teacher, self.labels, objective, self.settings, seed=seed).images)
+        labels = self.labels(number)
+        return to_uint8(invert(self.teacher, labels, objective, self.settings, seed=seed).images)
 
     def config(self) -> dict[str, Any]:
         return {
             "source": "pixels", "version": inversion.VERSION, "objective": self.objective.config(),
-            "settings": asdict(self.settings), "batch": len(self.labels), "seed": self.seed,
-            "first": self.first, "competition": self.competition,
+            "settings": asdict(self.settings), "batch": self.batch, "labels": "running on",
+            "seed": self.seed, "first": self.first, "competition": self.competition,
         }  # fmt: skip
 
 
@@ -156,6 +161,29 @@ class ReadySource(Source):
     def config(self) -> dict[str, Any]:
         parts = {str(index): part for index, part in enumerate(self.parts)}
         return {"source": "ready", "images": sha256_tensors(stored(parts), "")}
+
+
+class Later(Source):
+    """Another source, silent for the first rounds: a student that knows nothing yet is no rival.
+
+    Args:
+        after: rounds without new images.
+    """
+
+    def __init__(self, source: Source, after: int = 1) -> None:
+        self.source, self.after = source, after
+
+    def __call__(self, number: int, student: Classifier) -> Tensor | None:
+        return self.source(number - self.after, student) if number >= self.after else None
+
+    def config(self) -> dict[str, Any]:
+        return self.source.config() | {"after": self.after}
+
+    def state(self) -> dict[str, Tensor]:
+        return self.source.state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.source.restore(state)
 
 
 # ---- one update ------------------------------------------------------------------------------------
@@ -279,7 +307,8 @@ def distill(
         new, record = pool[:0], {"round": number + 1}
         if source is not None:
             with evaluating(lesson.student):
-                new = source(number, lesson.student)
+                found = source(number, lesson.student)
+            new = new if found is None else found
             made.append(new.cpu())
             pool = torch.cat([pool, new.to(pool.device)])
         synthesised = time.perf_counter()

@@ -224,10 +224,14 @@ class GeneratorSource(Source):
         warmup: int = 0,
     ) -> None:
         self.teacher, self.objective, self.settings = teacher, objective, settings
-        self.labels = balanced_labels(batch, len(teacher.classes))
+        self.batch = batch
         self.seed, self.competition, self.agreeing, self.warmup = seed, competition, agreeing, warmup
         self.network = create_generator(teacher, settings, seed)
         self.start = {name: value.clone() for name, value in self.network.state_dict().items()}
+
+    def labels(self, number: int) -> Tensor:
+        """The classes that a batch is made for: every round the same."""
+        return balanced_labels(self.batch, len(self.teacher.classes))
 
     def __call__(self, number: int, student: Classifier) -> Tensor:
         objective = self.objective
@@ -236,7 +240,8 @@ class GeneratorSource(Source):
             objective = objective + weight * Competition(student, self.agreeing)
         self.network.load_state_dict(self.start)
         seed = batch_seed(self.seed, number)
-        made = generate(self.teacher, self.labels, objective, self.settings, seed=seed, network=self.network)
+        labels = self.labels(number)
+        made = generate(self.teacher, labels, objective, self.settings, seed=seed, network=self.network)
         for name, end in self.network.state_dict().items():
             if end.is_floating_point():
                 self.start[name].lerp_(end, self.settings.meta_rate)
@@ -245,7 +250,7 @@ class GeneratorSource(Source):
     def config(self) -> dict[str, Any]:
         return {
             "source": "generator", "version": VERSION, "objective": self.objective.config(),
-            "settings": asdict(self.settings), "batch": len(self.labels), "seed": self.seed,
+            "settings": asdict(self.settings), "batch": self.batch, "seed": self.seed,
             "competition": self.competition, "agreeing": self.agreeing, "warmup": self.warmup,
         }  # fmt: skip
 

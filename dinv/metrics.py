@@ -13,7 +13,7 @@ from dinv.features import (
     layer_distances,
     measure_statistics,
 )
-from dinv.models import Classifier, inputs_of
+from dinv.models import Classifier, inputs_of, to_float
 from dinv.training import accuracy, predict
 
 __all__ = [
@@ -71,6 +71,23 @@ def confusion(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
 
 
 # ---- in the space of features ----------------------------------------------------------------------
+
+
+def spectrum(images: Tensor, bands: int = 8) -> Tensor:
+    """Share of the images' energy by spatial frequency, each image's mean apart: (bands,), sum 1.
+
+    Bands are equally wide rings from 0 to sqrt(1/2), the highest that a square grid of pixels knows, in
+    cycles a pixel.
+
+    Args:
+        images: uint8 or float (N, C, H, W), H equal to W.
+    """
+    pixels = to_float(images, images.device)
+    energy = torch.fft.fft2(pixels - pixels.mean((2, 3), keepdim=True)).abs().square().sum((0, 1))
+    axis = torch.fft.fftfreq(pixels.shape[-1], device=pixels.device)
+    ring = (axis.square() + axis.square()[:, None]).sqrt() / 0.5**0.5
+    index = (ring * bands).long().clamp_max(bands - 1).flatten()
+    return energy.new_zeros(bands).index_add_(0, index, energy.flatten()) / energy.sum()
 
 
 def embed(model: Classifier, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinv import chapters, distillation
 from dinv.datasets import load_dataset
-from dinv.distillation import PixelSource, ReadySource, Source
+from dinv.distillation import Later, PixelSource, ReadySource, Source
 from dinv.generator import GeneratorSource
 from dinv.inversion import InversionSettings
 from dinv.metrics import accuracy
@@ -27,25 +27,28 @@ from dinv.step import forward_flops
 
 DATA_FREE = ("noise", "deepdream", "deepinversion", "adi", "generator")
 CEILINGS = ("1 % real", "all real")  # no part of the method: the same loop on real images
+ALONE = 1  # rounds in which a student learns from the first images, before new ones are made
 LOOK = 2000  # test images for the curves; the tables take them all
 
 
 def objective(profile: Profile, row: str) -> Objective:
     """What a row's images minimise, without the competition: "deepdream", "deepinversion" or "generator"."""
     weights = profile.weights
-    prior = CrossEntropy() + weights.tv * TotalVariation() + weights.l2 * L2Norm()
+    tv = weights.tv if row == "generator" else profile.distillation.tv
+    prior = CrossEntropy() + tv * TotalVariation() + weights.l2 * L2Norm()
     feature = {"deepdream": 0.0, "deepinversion": weights.feature, "generator": profile.generator.feature}
     return prior + feature[row] * FeatureStatistics() if feature[row] else prior
 
 
 def image_count(profile: Profile) -> int:
     """Images of a row at the end, the generator's and the ceilings apart."""
-    return profile.distillation.first + profile.distillation.rounds * profile.inversion.batch
+    chosen = profile.distillation
+    return chosen.first + (chosen.rounds - ALONE) * profile.inversion.batch
 
 
 def inversion_settings(profile: Profile) -> InversionSettings:
-    """The optimiser of a student's images: the profile's, for as many steps as they get."""
-    return chapters.inversion_settings(profile, steps=profile.distillation.steps)
+    """The optimiser of a student's images: the profile's, from coarse to fine where it says so."""
+    return chapters.inversion_settings(profile, stages=profile.distillation.stages)
 
 
 def pool(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Pool, Result]:
@@ -71,11 +74,13 @@ def work(profile: Profile, row: str, teacher: Classifier, student: Classifier) -
     both, and twice the student's forward for its gradients. What a profile costs is this over a rate.
     """
     chosen, passes = profile.distillation, [forward_flops(network) for network in (teacher, student)]
+    plan = inversion_settings(profile).plan(teacher.size)
+    steps = sum(number * (size / teacher.size) ** 2 for number, size in plan)  # at the teacher's own size
     synthesis = 0.0
     if row in ("deepdream", "deepinversion", "adi"):
-        synthesis = 2.0 * passes[0] * chosen.steps * image_count(profile)
+        synthesis = 2.0 * passes[0] * steps * image_count(profile)
     if row == "adi":
-        synthesis += 2.0 * passes[1] * chosen.steps * chosen.rounds * profile.inversion.batch
+        synthesis += 2.0 * passes[1] * steps * (chosen.rounds - ALONE) * profile.inversion.batch
     updated = chosen.rounds * chosen.updates * chosen.batch
     return synthesis, float(updated * (passes[0] + 3 * passes[1]))
 
@@ -85,7 +90,7 @@ def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Tenso
     profile, first, batch = run.profile, run.profile.distillation.first, run.profile.inversion.batch
     if row == "noise":
         made = noise(teacher, image_count(profile), seed)
-        return made[:first], ReadySource(made[first:], batch), 0.0
+        return made[:first], Later(ReadySource(made[first:], batch), ALONE), 0.0
     if row == "generator":
         chosen = profile.generator
         settings = chapters.generator_settings(profile)
@@ -97,8 +102,8 @@ def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Tenso
         settings = inversion_settings(profile)
         options = {"batch": batch, "first": first // batch, "competition": profile.distillation.competition}
         source = PixelSource(teacher, objective(profile, "deepinversion"), settings, seed=seed, **options)
-        return made.images[:first], source, result.seconds * first / len(made)
-    return made.images[:first], ReadySource(made.images[first:], batch), result.seconds
+        return made.images[:first], Later(source, ALONE), result.seconds * first / len(made)
+    return made.images[:first], Later(ReadySource(made.images[first:], batch), ALONE), result.seconds
 
 
 def real_images(run: Run, row: str, seed: int) -> Tensor:

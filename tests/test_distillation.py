@@ -9,6 +9,7 @@ import torch
 from dinv import distillation, store
 from dinv.distillation import (
     DistillationSettings,
+    Later,
     PixelSource,
     ReadySource,
     distill,
@@ -55,6 +56,7 @@ SOURCES = {
     "ready": lambda teacher: ReadySource(some_images(40, 5), 10),
     "pixels": pixel_source,
     "pixels in competition": lambda teacher: pixel_source(teacher, competition=5.0),
+    "pixels in competition, later": lambda teacher: Later(pixel_source(teacher, competition=5.0), 1),
     "generator in competition": lambda teacher: generator_source(teacher, competition=5.0, warmup=2),
 }
 
@@ -131,6 +133,16 @@ def test_new_batches_are_merged_and_used_at_once(tiny, monkeypatch):
     assert len(seen) == SETTINGS.rounds * SETTINGS.updates
 
 
+def test_a_source_may_begin_later(tiny):
+    ready = some_images(24, 5)
+    source = Later(ReadySource(ready, 8), 1)
+    found = distill(tiny(0).freeze(), tiny(1), some_images(8), SETTINGS, generator(), source=source)
+    assert [record["images"] for record in found.history] == [8, 16, 24, 32]
+    assert ["fresh" in record for record in found.history] == [False, True, True, True]
+    assert torch.equal(found.images, ready)
+    assert source.config() == ReadySource(ready, 8).config() | {"after": 1}
+
+
 def test_a_fixed_pool_stays_as_it_is(tiny):
     found = distill(tiny(0).freeze(), tiny(1), some_images(12), SETTINGS, generator())
     assert [record["images"] for record in found.history] == [12] * 4 and len(found.images) == 0
@@ -198,7 +210,7 @@ def test_agreement_on_fresh_images_is_taken_before_they_are_learnt(tiny):
 def test_a_students_key_follows_its_source(tiny):
     teacher = tiny(0).freeze()
     configs = [make(teacher).config() for kind, make in SOURCES.items() if kind != "none"]
-    assert len({canonical_json(config) for config in configs}) == 4
+    assert len({canonical_json(config) for config in configs}) == len(configs) == 5
     assert ReadySource(some_images(40, 5)).config() != ReadySource(some_images(40, 6)).config()
     assert pixel_source(teacher).config() == pixel_source(teacher).config()
 

@@ -9,7 +9,7 @@ from dinv import chapters, continual, increments
 from dinv.metrics import accuracy
 
 SHORT = {
-    "distillation.steps": 3, "inversion.batch": 20, "continual.images": 40, "continual.updates": 3,
+    "distillation.stages": ((3, 8),), "inversion.batch": 20, "continual.images": 40, "continual.updates": 3,
     "continual.batch": 20, "continual.epochs": 1,
 }  # fmt: skip
 

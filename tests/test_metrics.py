@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from dinv.features import measure_statistics
-from dinv.metrics import agreement, confidence, confusion, cover, embed, feature_distances, nearest, predict
+from dinv.metrics import (
+    agreement,
+    confidence,
+    confusion,
+    cover,
+    embed,
+    feature_distances,
+    nearest,
+    predict,
+    spectrum,
+)
 
 
 def some_images(n=22, seed=0):
@@ -140,3 +150,16 @@ def test_nearest_against_a_search_by_hand():
         apart = (among - point).norm(dim=1)
         assert which.tolist() == apart.argsort()[:2].tolist()
         torch.testing.assert_close(found, apart.sort().values[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_wave_lies_in_the_band_of_its_frequency():
+    x = torch.arange(32)
+    for cycles in (1, 7, 16):  # in 32 pixels, along one axis
+        wave = 0.5 + 0.4 * torch.cos(2 * np.pi * cycles * x / 32).expand(2, 3, 32, 32)
+        shares = spectrum(wave, 8)
+        assert int(cycles / 32 / 0.5**0.5 * 8) == shares.argmax() and shares.max() > 0.999
+    noise = torch.randint(256, (64, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    shares = spectrum(noise, 4)
+    rings = np.hypot(*np.meshgrid(np.fft.fftfreq(32), np.fft.fftfreq(32))) / 0.5**0.5
+    expected = np.histogram(rings, [0, 0.25, 0.5, 0.75, 1.01])[0] / 1024
+    np.testing.assert_allclose(shares.numpy(), expected, atol=0.01)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinv import chapters, reference, rows
-from dinv.distillation import PixelSource, ReadySource
+from dinv.distillation import Later, PixelSource, ReadySource
 from dinv.generator import GeneratorSource
 from dinv.models import create_model
 from dinv.profiles import PAPER, Training, load_profile
@@ -14,7 +14,8 @@ from dinv.step import forward_flops
 
 PAIR = "resnet_digits->vgg_digits"
 SHORT = {
-    "distillation.steps": 3, "inversion.batch": 20, "distillation.first": 40, "distillation.rounds": 2,
+    "distillation.stages": ((3, 8),), "inversion.batch": 20, "distillation.first": 40,
+    "distillation.rounds": 3,
     "distillation.updates": 2, "distillation.batch": 20, "generator.rounds": 3, "generator.updates": 2,
     "generator.images": 20, "generator.steps": 2, "generator.warmup": 1, "generator.every": 1,
 }  # fmt: skip
@@ -39,10 +40,11 @@ def test_every_row_has_the_same_number_of_images(run):
     kinds = {"noise": ReadySource, "deepdream": ReadySource, "deepinversion": ReadySource, "adi": PixelSource}
     for row, kind in kinds.items():
         images, source, seconds = rows.images_of(run, row, teacher, 0)
-        assert isinstance(source, kind) and images.shape == (40, 1, 8, 8) and images.dtype == torch.uint8
+        assert isinstance(source, Later) and isinstance(source.source, kind)
+        assert images.shape == (40, 1, 8, 8) and images.dtype == torch.uint8
         assert (seconds > 0) == (row != "noise")
         if kind is ReadySource:
-            assert sum(len(part) for part in source.parts) == 40
+            assert sum(len(part) for part in source.source.parts) == 40
     images, source, seconds = rows.images_of(run, "generator", teacher, 0)
     assert len(images) == 0 and isinstance(source, GeneratorSource) and seconds == 0
 
@@ -50,7 +52,7 @@ def test_every_row_has_the_same_number_of_images(run):
 def test_the_work_of_a_row_is_counted_by_hand(run):
     teacher, student = (create_model(name, "digits").freeze() for name in ("resnet_digits", "vgg_digits"))
     one, two = forward_flops(teacher), forward_flops(student)
-    updates = 2 * 2 * 20 * (one + 3 * two)  # rounds, updates, batch
+    updates = 3 * 2 * 20 * (one + 3 * two)  # rounds, updates, batch
     assert one != two
     assert rows.work(run.profile, "noise", teacher, student) == (0, updates)
     assert rows.work(run.profile, "deepinversion", teacher, student) == (80 * 3 * 2 * one, updates)
@@ -63,10 +65,11 @@ def test_adaptive_begins_with_the_images_of_deepinversion_and_goes_on_with_its_s
     plain, ready, _ = rows.images_of(run, "deepinversion", teacher, 0)
     adaptive, source, _ = rows.images_of(run, "adi", teacher, 0)
     assert torch.equal(plain, adaptive)
-    source.competition = 0.0  # without the term it makes the very batches of the other row
+    source.source.competition = 0.0  # without the term it makes the very batches of the other row
     student, _ = chapters.pair(run, PAIR)
-    for number, part in enumerate(ready.parts):
-        assert torch.equal(source(number, student), part)
+    assert source(0, student) is ready(0, student) is None
+    for number in (1, 2):
+        assert torch.equal(source(number, student), ready(number, student))
 
 
 @pytest.mark.parametrize("row", rows.DATA_FREE)
@@ -80,8 +83,8 @@ def test_a_data_free_row_needs_no_training_image(run, monkeypatch, row):
     monkeypatch.setattr("dinv.rows.load_dataset", only_tests)
     monkeypatch.setattr("dinv.chapters.load_dataset", only_tests)
     cell = rows.distilled(run, row, PAIR)
-    rounds = 3 if row == "generator" else 2
-    assert len(cell.history) == rounds and len(cell.made) == 20 * rounds and 0 <= cell.accuracy <= 100
+    made = 60 if row == "generator" else 40  # else the first of three rounds has the first images alone
+    assert len(cell.history) == 3 and len(cell.made) == made and 0 <= cell.accuracy <= 100
     assert 0 <= cell.before <= cell.synthesis and cell.distillation > 0
     assert cell.total > cell.synthesis - cell.before
     assert all("real" in record for record in cell.history)
