@@ -119,20 +119,25 @@ def pool(
     batch: int | None = None,
     settings: InversionSettings | None = None,
     snapshots: tuple[int, ...] = (),
+    labels: Tensor | None = None,
+    at_once: int = 0,
 ) -> tuple[Pool, Result]:
-    """A pool of inverted images, every class as often, as a cached and resumable stage.
+    """A pool of inverted images as a cached and resumable stage.
 
     Noise, jitter and flips depend on `seed` alone, not on `name`: two objectives with the same seed
     start from the same noise and can be laid side by side.
 
     Args:
         images, batch, settings: the profile's, where not given.
+        labels: the wanted classes; by default every class as often.
+        at_once: as for `invert`.
     """
     profile = run.profile
-    images = images or profile.inversion.images
+    given = {} if labels is None else {"labels": labels.tolist(), "at_once": at_once}
+    images = len(labels) if given else images or profile.inversion.images
     batch = min(batch or profile.inversion.batch, images)
     settings = settings or inversion_settings(profile)
-    labels = balanced_labels(images, len(teacher.classes))
+    labels = labels if given else balanced_labels(images, len(teacher.classes))
     config: Mapping[str, Any] = {
         "objective": objective.config(),
         "settings": dataclasses.asdict(settings),
@@ -140,12 +145,12 @@ def pool(
         "batch": batch,
         "seed": seed,
         "snapshots": list(snapshots),
-    }
+    } | given
 
     def make(checkpoint):
         made = synthesize(
             teacher, labels, objective, settings,
-            batch=batch, seed=seed, snapshots=snapshots, checkpoint=checkpoint,
+            batch=batch, seed=seed, snapshots=snapshots, at_once=at_once, checkpoint=checkpoint,
         )  # fmt: skip
         return made.tensors(), made.meta()
 

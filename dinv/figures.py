@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 COLORS = {
     "noise": "0.6", "deepdream": "tab:orange", "deepinversion": "tab:blue", "adi": "tab:red",
-    "generator": "tab:green", "real": "0.2",
+    "generator": "tab:green", "real": "0.2", "onesize": "tab:purple",
 }  # fmt: skip
 
 
@@ -91,6 +92,43 @@ def method_grids(
         spine.set_visible(False)
     figure.tight_layout()
     return figure
+
+
+def named_images(images: Tensor, names: Sequence[str], columns: int = 4) -> Figure:
+    """Images large enough to be looked at, each under its name: the layout of the paper's Figure 5."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.3 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, name in zip(axes.flat, images, names, strict=False):
+        axis.imshow(tile(image[None], 1).numpy(), interpolation="nearest")
+        axis.set_title(name, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def emerging(columns: int = 4) -> Callable[[Any], None]:
+    """A callback for `invert` that shows the images as they are, in place of those before.
+
+    Where nothing is listening, as in a script, it shows nothing.
+    """
+    from IPython import get_ipython
+    from IPython.display import DisplayHandle, Image
+
+    handle = DisplayHandle()
+    begun = False
+
+    def callback(progress: Any) -> None:
+        nonlocal begun
+        if get_ipython() is None:
+            return
+        made = progress.images()
+        grid = image_grids({f"step {progress.step} of {progress.steps}": made}, min(columns, len(made)))
+        image = Image(data=png(grid), format="png")
+        handle.update(image) if begun else handle.display(image)
+        begun = True
+
+    return callback
 
 
 def film_strip(strips: Mapping[str, Tensor], steps: Sequence[int], names: Sequence[str]) -> Figure:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.features import (
@@ -13,7 +15,7 @@ from dinv.features import (
     layer_distances,
     measure_statistics,
 )
-from dinv.models import Classifier, inputs_of, to_float
+from dinv.models import Classifier, inputs_of, resized, to_float
 from dinv.training import accuracy, predict
 
 __all__ = [
@@ -68,6 +70,48 @@ def confusion(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     said = predict(model, images).argmax(1).cpu()
     counts = (labels.cpu() * classes + said).bincount(minlength=classes**2).view(classes, classes).float()
     return 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+
+
+def top(model: Classifier, images: Tensor, labels: Tensor, k: int = 5, batch: int = 50) -> float:
+    """Percent of the images whose label is among the model's `k` likeliest answers.
+
+    Images of another size than the model's are resized: a judge may have a size of its own.
+    """
+    logits = predict(model, resized(images, model.size), batch)
+    return 100 * (logits.topk(k, 1).indices == labels.to(logits.device)[:, None]).any(1).float().mean().item()
+
+
+def inception_score(model: Classifier, images: Tensor, batch: int = 50) -> float:
+    """exp of the mean KL of single answers from their mean (Salimans et al., 2016), as `model` answers.
+
+    Between 1 and the number of classes, and never above the number of images: scores of different counts
+    do not compare, nor do those of different networks. By torchmetrics, one split.
+
+    Args:
+        images: uint8 or float in [0, 1], resized to the model's size.
+    """
+    from torchmetrics.image.inception import InceptionScore
+
+    class Answers(nn.Module):
+        def forward(self, part: Tensor) -> Tensor:
+            return predict(model, resized(part, model.size), batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the memory it takes, and of the deviation over a single split
+        score = InceptionScore(feature=Answers(), splits=1)
+        for part in images.split(batch):
+            score.update(part)
+        return score.compute()[0].item()
+
+
+def diversity(model: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Mean cosine distance between embeddings of two images of one class: 0 if they are all the same."""
+    features = F.normalize(embed(model, resized(images, model.size)).cpu(), dim=1)
+    labels = labels.cpu()
+    pairs = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)
+    if not pairs.any():
+        raise ValueError("no class has two images, so there is nothing to compare")
+    return (1 - features @ features.T)[pairs].mean().item()
 
 
 # ---- in the space of features ----------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dinv.inversion import InversionSettings, Progress, check_labels, invert
-from dinv.models import Classifier
+from dinv.models import Classifier, resized
 from dinv.objectives import Objective, Term
 from dinv.step import compiling_pays
 from dinv.store import Corrupt, Sparingly, canonical_json, read_tensors, sha256_tensors, stored, write_tensors
@@ -86,9 +86,10 @@ def synthesize(
     batch: int = 256,
     seed: int = 0,
     snapshots: tuple[int, ...] = (),
+    at_once: int = 0,
     checkpoint: Any = None,
 ) -> Pool:
-    """Invert `teacher` for all `labels`, `batch` images at a time.
+    """Invert `teacher` for all `labels`, `batch` images at a time, `at_once` of them together in memory.
 
     Every batch has a seed of its own, derived from `seed` and its number; with a `runs.Checkpoint` a
     killed synthesis goes on at its next batch and ends in the same bytes.
@@ -129,13 +130,14 @@ def synthesize(
             seed=batch_seed(seed, number),
             snapshots=snapshots if number == 0 else (),
             callback=report(number),
+            at_once=at_once,
         )
         done.append(to_uint8(result.images))
         terms = tuple(result.losses)
         new = torch.tensor([result.losses[name] for name in terms], dtype=torch.float64).T
         losses = new if number == 0 else losses + (new - losses) / (number + 1)
         if number == 0 and snapshots:
-            taken = torch.stack([to_uint8(result.snapshots[s]) for s in snapshots])
+            taken = torch.stack([to_uint8(resized(result.snapshots[s], teacher.size)) for s in snapshots])
         so_far, names = {"losses": losses, "snapshots": taken}, {"terms": list(terms)}
         save(lambda so_far=so_far, names=names: (so_far | {"images": torch.cat(done)}, names))
     return Pool(torch.cat(done), labels.cpu(), losses, taken, terms, tuple(snapshots))

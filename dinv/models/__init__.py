@@ -6,8 +6,10 @@ from dinv.models.classifier import (
     evaluating,
     inputs_of,
     parameter_count,
+    resized,
     to_float,
 )
+from dinv.models.pretrained import WeightsUnavailable
 from dinv.models.registry import (
     DOMAINS,
     NETWORKS,
@@ -19,6 +21,7 @@ from dinv.models.registry import (
 )
 
 __all__ = [
-    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "autocast", "create_model", "evaluating",
-    "inputs_of", "load_model", "load_weights", "parameter_count", "shipped_models", "to_float",
+    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "WeightsUnavailable", "autocast",
+    "create_model", "evaluating", "inputs_of", "load_model", "load_weights", "parameter_count", "resized",
+    "shipped_models", "to_float",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -72,6 +73,14 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
     """Images as a classifier takes them, on `device`: bytes become float32 in [0, 1]."""
     images = images.to(device)
     return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Square images at another size, bilinear and antialiased; kind, range and, where equal, bytes stay."""
+    if images.shape[-1] == size:
+        return images
+    made = F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return made.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else made
 
 
 @contextmanager

@@ -82,6 +82,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     chosen.only = list(dict.fromkeys(only))
     chosen.force = [name for text in chosen.force for name in _split(text)]
     chosen.set = dict(chosen.set)
+    if chosen.imagenet:
+        chosen.set["imagenet.folder"] = chosen.imagenet
     try:
         profiles.load_profile(PROFILES[1], chosen.set)  # every profile has the same settings
     except ValueError as error:
@@ -98,6 +100,12 @@ def seconds(text: str) -> float:
     if not total > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no span of time; write 9m, 540s or 1h30m")
     return total
+
+
+def _folder(text: str) -> str:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return str(Path(text).resolve())
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -130,6 +138,8 @@ def _parser() -> _Parser:
         help="stop cleanly after 9m, 540s, 1h30m ... and say what is left")  # fmt: skip
     add("--set", action="append", type=_assignment, default=[], metavar="KEY=VALUE",
         help="change one setting of the profile; may be repeated")  # fmt: skip
+    add("--imagenet", type=_folder, metavar="DIR",
+        help="a folder of ImageNet's validation images, one folder a class, for notebook 07")  # fmt: skip
     add("--force", action="append", default=[], metavar="STAGE",
         help="make this stage again although it is cached; may be repeated")  # fmt: skip
     add("--list", action="store_true", help="show notebooks, stages, what is cached, expected time")

@@ -1,0 +1,172 @@
+"""Notebook 07: networks that others trained turn the names of classes into images, and judge each other's.
+
+    teacher = gallery.network(run, run.profile.imagenet.teacher)
+    labels = gallery.labels(teacher, run.profile.imagenet.classes)
+    pool, result = gallery.made(run, "deepinversion", teacher, labels)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinv import chapters
+from dinv.datasets import load_dataset
+from dinv.inversion import InversionSettings
+from dinv.models import Classifier, WeightsUnavailable, load_model, resized
+from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
+from dinv.pool import Pool
+from dinv.profiles import Profile
+from dinv.runs import Result, Run
+
+PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
+
+
+def network(run: Run, names: Sequence[str]) -> Classifier:
+    """The first of these networks whose weights are in reach, frozen; the profile's own are trained.
+
+    Raises:
+        WeightsUnavailable: none of them is; the message says why, network by network.
+    """
+    own = {getattr(run.profile, role): role for role in ("judge", "teacher")}
+    reasons = []
+    for name in names:
+        if name in own:
+            return chapters.network(run, own[name])
+        try:
+            return load_model(name).to(chapters.device())
+        except WeightsUnavailable as reason:
+            reasons.append(f"{name}: {reason}")
+    raise WeightsUnavailable("; ".join(reasons) or "no network is named")
+
+
+def judges(run: Run, teacher: Classifier) -> list[Classifier]:
+    """The profile's judges whose weights are in reach; never the teacher itself."""
+    found = []
+    for name in run.profile.imagenet.judges:
+        try:
+            judge = network(run, [name])
+        except WeightsUnavailable as reason:
+            print(f"no {name}: {reason}")
+            continue
+        if judge.name != teacher.name:
+            found.append(judge)
+    if not found:
+        raise WeightsUnavailable(f"of {', '.join(run.profile.imagenet.judges)} no weights are in reach")
+    return found
+
+
+def labels(teacher: Classifier, names: Sequence[str], each: int = 1) -> Tensor:
+    """The numbers of these classes, `each` times one after the other: a, b, c, a, b, c.
+
+    Raises:
+        ValueError: the teacher has no such class; the nearest are named.
+    """
+    numbers = []
+    for name in names:
+        if name not in teacher.classes:
+            near = difflib.get_close_matches(name, teacher.classes, n=3)
+            hint = f": did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"{teacher.name} knows no class {name!r}{hint}")
+        numbers.append(list(teacher.classes).index(name))
+    return torch.tensor(numbers).repeat(each)
+
+
+def objective(profile: Profile, row: str) -> Objective:
+    """What "deepdream" or "deepinversion" minimises; "deepinversion, l2" has the paper's plain distance."""
+    chosen = profile.imagenet
+    prior = CrossEntropy() + chosen.tv * TotalVariation() + chosen.l2 * L2Norm()
+    if row == "deepdream":
+        return prior
+    distance = "l2" if row == "deepinversion, l2" else chosen.distance
+    return prior + chosen.feature * FeatureStatistics(distance, first=chosen.first)
+
+
+def settings(profile: Profile, stages: tuple[tuple[int, int], ...] = ()) -> InversionSettings:
+    """The optimiser of the pixels, by the profile's stages or by others."""
+    chosen = profile.imagenet
+    return InversionSettings(
+        rate=chosen.rate, betas=tuple(chosen.betas), schedule=chosen.schedule, jitter=chosen.jitter,
+        flip=chosen.flip, stages=stages or chosen.stages, compile=profile.inversion.compile,
+    )  # fmt: skip
+
+
+def made(
+    run: Run,
+    name: str,
+    teacher: Classifier,
+    wanted: Tensor,
+    terms: Objective | None = None,
+    *,
+    stages: tuple[tuple[int, int], ...] = (),
+    snapshots: tuple[int, ...] = (),
+    seed: int = 0,
+    student: Classifier | None = None,
+) -> tuple[Pool, Result]:
+    """Images of the `wanted` classes as one batch: a cached stage.
+
+    Args:
+        name: of the stage, and of the objective where `terms` are not given.
+        student: whom the images compete with, by the profile's weight.
+    """
+    terms = objective(run.profile, name) if terms is None else terms
+    if student is not None:
+        terms = terms + run.profile.imagenet.competition * Competition(student)
+    return chapters.pool(
+        run, f"{teacher.name}-{name}".replace(", ", "-").replace(" ", "-"), teacher, terms,
+        seed=seed, labels=wanted, batch=len(wanted), settings=settings(run.profile, stages),
+        snapshots=snapshots, at_once=run.profile.imagenet.at_once,
+    )  # fmt: skip
+
+
+def photographs(run: Run, model: Classifier) -> tuple[Tensor, list[str]]:
+    """Real images to try a network on, uint8 at its size, and what they show.
+
+    The user's folder where there is one, else scikit-learn's two photographs; for a small network the
+    first test image of every class.
+    """
+    profile = run.profile
+    if model.size < 64:
+        data = load_dataset(profile.dataset, "test")
+        firsts = [int((data.labels == number).nonzero()[0]) for number in range(len(data.classes))]
+        return data.images[firsts], list(data.classes)
+    if profile.imagenet.folder:
+        return of_folder(profile.imagenet.folder, model, count=1000)
+    from sklearn.datasets import load_sample_image
+
+    squares = [_square(torch.tensor(load_sample_image(file)).permute(2, 0, 1)[None]) for file in PHOTOGRAPHS]
+    return torch.cat([resized(square, model.size) for square in squares]), list(PHOTOGRAPHS.values())
+
+
+def of_folder(folder: str, model: Classifier, count: int) -> tuple[Tensor, list[str]]:
+    """`count` images drawn from an ImageFolder (one folder a class, in the order of the model's classes).
+
+    Raises:
+        ValueError: no such folder, or not one folder a class.
+    """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"imagenet.folder={folder!r} is no folder")
+    data = ImageFolder(folder)
+    if len(data.classes) != len(model.classes):
+        raise ValueError(f"{folder} has {len(data.classes)} classes, {model.name} knows {len(model.classes)}")
+    drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    images, names = [], []
+    for index in drawn:
+        image, number = data[index]
+        image = center_crop(resize(image.convert("RGB"), round(model.size * 256 / 224)), [model.size] * 2)
+        images.append(pil_to_tensor(image))
+        names.append(model.classes[number])
+    return torch.stack(images), names
+
+
+def _square(images: Tensor) -> Tensor:
+    side = min(images.shape[2:])
+    top, left = ((length - side) // 2 for length in images.shape[2:])
+    return images[:, :, top : top + side, left : left + side]
