@@ -16,7 +16,7 @@ REDUCED = {
     "teacher_training.epochs": 1, "judge_training.epochs": 1,
     "inversion.batch": 20, "inversion.compile": "never",
     "distillation.first": 20, "distillation.rounds": 2, "distillation.updates": 1, "distillation.batch": 20,
-    "distillation.stages": ((2, 32),), "distillation.seeds": 1, "distillation.every": 1,
+    "distillation.stages": ((2, 8),), "distillation.seeds": 1, "distillation.every": 1,
     "generator.rounds": 2, "generator.updates": 1, "generator.images": 20, "generator.steps": 1,
     "generator.width": 8, "generator.warmup": 1, "generator.seeds": 1, "generator.every": 1,
     "generator.compare": 2, "generator.pixels": 1,
