@@ -3,7 +3,7 @@
 For every BatchNorm layer the tensor of interest is its *input*. Its mean and biased variance, per
 channel over images and positions, are compared with the layer's running mean and running variance.
 A network without BatchNorm remembers nothing; there the same statistics are measured on images
-that the user gives, at the outputs of its convolutions (or, where it has none, of its linear layers).
+that the user gives, at the outputs of its convolutions (in a transformer, of its LayerNorms).
 """
 
 from __future__ import annotations
@@ -51,10 +51,14 @@ class Statistics:
 
 
 def feature_layers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the layers to watch: BatchNorm layers, else convolutions, else linear layers."""
-    for kinds in (_BatchNorm, nn.Conv2d, nn.Linear):
-        names = tuple(name for name, module in model.named_modules() if isinstance(module, kinds))
-        if names:
+    """Names of the layers to watch: BatchNorm layers, else convolutions, LayerNorm or linear layers.
+
+    A single convolution, such as the one that cuts a transformer's image into patches, is taken only where
+    there is no LayerNorm.
+    """
+    for kind, least in ((_BatchNorm, 1), (nn.Conv2d, 2), (nn.LayerNorm, 1), (nn.Conv2d, 1), (nn.Linear, 1)):
+        names = tuple(name for name, module in model.named_modules() if isinstance(module, kind))
+        if len(names) >= least:
             return names
     raise ValueError(f"{type(model).__name__} has no BatchNorm, convolution or linear layer to watch")
 

@@ -202,6 +202,7 @@ def test_defaults():
     assert vars(cli.parse([])) == {
         "word": "reproduce", "profile": "auto", "only": [], "seeds": 0, "budget": None, "set": {},
         "force": [], "list": False, "dry_run": False, "slow": False, "in_place": False,
+        "imagenet": None,
     }  # fmt: skip
 
 

@@ -77,9 +77,13 @@ def _load_torchvision(name: str, pretrained: bool) -> Classifier:
     from torchvision.models import get_model, get_model_weights
 
     weights = get_model_weights(name).DEFAULT if pretrained else None
-    # GoogLeNet and Inception take these; the auxiliary heads are of no use to an inversion
+    # GoogLeNet and Inception take these
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
     net = _fetch(name, lambda: get_model(name, weights=weights, **options))
+    for head in ("aux1", "aux2", "AuxLogits"):  # used in training alone: in eval mode nothing passes there
+        if hasattr(net, head):
+            setattr(net, head, None)
+            net.aux_logits = False
     if weights is None:
         return Classifier(net, IMAGENET_MEAN, IMAGENET_STD, _size(name), _numbers(1000), name)
     preset = weights.transforms()
