@@ -133,15 +133,17 @@ def pool(
         at_once: as for `invert`.
     """
     profile = run.profile
-    given = {} if labels is None else {"labels": labels.tolist(), "at_once": at_once}
-    images = len(labels) if given else images or profile.inversion.images
-    batch = min(batch or profile.inversion.batch, images)
+    given: dict[str, Any] = {"at_once": at_once} if at_once else {}
+    if labels is None:
+        labels = balanced_labels(images or profile.inversion.images, len(teacher.classes))
+    else:
+        given["labels"] = labels.tolist()
+    batch = min(batch or profile.inversion.batch, len(labels))
     settings = settings or inversion_settings(profile)
-    labels = labels if given else balanced_labels(images, len(teacher.classes))
     config: Mapping[str, Any] = {
         "objective": objective.config(),
         "settings": dataclasses.asdict(settings),
-        "images": images,
+        "images": len(labels),
         "batch": batch,
         "seed": seed,
         "snapshots": list(snapshots),

@@ -136,10 +136,16 @@ def photographs(run: Run, model: Classifier) -> tuple[Tensor, list[str]]:
         return data.images[firsts], list(data.classes)
     if profile.imagenet.folder:
         return of_folder(profile.imagenet.folder, model, count=1000)
-    from sklearn.datasets import load_sample_image
+    return torch.cat([photograph(file, model.size) for file in PHOTOGRAPHS]), list(PHOTOGRAPHS.values())
 
-    squares = [_square(torch.tensor(load_sample_image(file)).permute(2, 0, 1)[None]) for file in PHOTOGRAPHS]
-    return torch.cat([resized(square, model.size) for square in squares]), list(PHOTOGRAPHS.values())
+
+def photograph(file: str, size: int) -> Tensor:
+    """The middle square of one of scikit-learn's photographs, uint8 (1, 3, size, size)."""
+    from sklearn.datasets import load_sample_image
+    from torchvision.transforms.functional import center_crop
+
+    image = torch.tensor(load_sample_image(file)).permute(2, 0, 1)[None]
+    return resized(center_crop(image, [min(image.shape[2:])] * 2), size)
 
 
 def of_folder(folder: str, model: Classifier, count: int) -> tuple[Tensor, list[str]]:
@@ -164,9 +170,3 @@ def of_folder(folder: str, model: Classifier, count: int) -> tuple[Tensor, list[
         images.append(pil_to_tensor(image))
         names.append(model.classes[number])
     return torch.stack(images), names
-
-
-def _square(images: Tensor) -> Tensor:
-    side = min(images.shape[2:])
-    top, left = ((length - side) // 2 for length in images.shape[2:])
-    return images[:, :, top : top + side, left : left + side]

@@ -250,7 +250,7 @@ CPU = replace(
         competition=1.0,  # the paper's ratio to the feature statistics
         # At one size, 160 steps leave the noise of the start where the teacher does not look: 43 % of an
         # image's energy lie above 0.35 cycles a pixel, of a real one's 3 %. Coarse to fine and with more
-        # total variation 8 % do, an image costs a third, and students gained 7 points (notebook 04).
+        # total variation 8 % do, and an image costs about a quarter. Notebook 04 draws the spectra.
         stages=((40, 8), (40, 16), (40, 32)),
         tv=0.03,
         seeds=1,

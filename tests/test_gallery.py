@@ -65,16 +65,16 @@ def test_a_gallery_is_a_stage_of_the_wanted_classes_at_the_teachers_size(run):
     assert pool.images.shape == (6, 1, 8, 8) and pool.labels.tolist() == [3, 5, 8, 3, 5, 8]
     assert pool.snapshots.shape == (4, 6, 1, 8, 8)  # the coarse ones enlarged
     assert not result.cached and cached.cached and torch.equal(pool.images, again.images)
-    assert torch.equal(pool.snapshots[-1], pool.images) or run.profile.imagenet.at_once
+    assert torch.equal(pool.snapshots[-1], pool.images) and not torch.equal(*pool.snapshots[:2])
     student = gallery.network(run, ["vgg_digits"])
     rival, _ = gallery.made(run, "deepinversion", teacher, wanted, student=student)
     assert not torch.equal(rival.images, pool.images)
 
 
 def test_every_profiles_classes_and_schedule_fit_its_teacher():
+    teacher = load_model("package:efficientnet_lite0")
     for name in ("cpu", "gpu", "paper"):
         profile = load_profile(name)
-        teacher = load_model("package:efficientnet_lite0")
         assert len(gallery.labels(teacher, profile.imagenet.classes, profile.imagenet.each)) >= 12
         assert gallery.settings(profile).plan(teacher.size)[-1][1] == 224
 
@@ -145,13 +145,15 @@ def test_photographs_are_known(run):
     assert metrics.top(large, images, torch.tensor([large.classes.index(name) for name in names]), 1) == 100
 
 
-def test_chapters_pool_keeps_its_keys_where_no_labels_are_given(run):
+def test_labels_that_are_given_are_part_of_a_pools_key(run):
     teacher = gallery.network(run, ["resnet_digits"])
     terms = gallery.objective(run.profile, "deepdream")
     options = {"images": 20, "batch": 20, "settings": gallery.settings(run.profile)}
-    _, plain = chapters.pool(run, "x", teacher, terms, **options)
-    _, given = chapters.pool(run, "x", teacher, terms, labels=chapters.balanced_labels(20, 10), **options)
-    assert not plain.cached and not given.cached
+    ones = torch.ones(20, dtype=torch.int64)
+    asked = (None, ones, ones)
+    made = [chapters.pool(run, "x", teacher, terms, labels=wanted, **options) for wanted in asked]
+    assert [result.cached for _, result in made] == [False, False, True]
+    assert made[0][0].labels.unique().numel() == 10 and made[2][0].labels.eq(1).all()
 
 
 def test_a_folder_of_imagenet_is_a_setting_and_nothing_else(tmp_path, capsys):

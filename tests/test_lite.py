@@ -2,35 +2,27 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_sample_image
 
 from dinv.features import feature_layers
+from dinv.gallery import photograph
+from dinv.metrics import predict
 from dinv.models import create_model, load_model, pretrained
 from dinv.models.pretrained import WeightsUnavailable
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
 
-def photograph(name, size):
-    image = torch.tensor(load_sample_image(name)).permute(2, 0, 1)[None].float() / 255
-    side = min(image.shape[2:])
-    top, left = ((length - side) // 2 for length in image.shape[2:])
-    square = image[:, :, top : top + side, left : left + side]
-    return F.interpolate(square, (size, size), mode="bilinear", antialias=True)
-
-
 @pytest.mark.parametrize("name, size", pretrained.LITE_SIZES.items())
 def test_a_palace_is_a_palace(name, size):
     network = load_model(name)
     assert network.size == size and network.classes[1] == "goldfish" and not network.training
-    answers = network(photograph("china.jpg", size)).softmax(1)[0]
+    answers = predict(network, photograph("china.jpg", size)).softmax(1)[0]
     assert network.classes[answers.argmax()] == "palace"
 
 
 def test_a_daisy_is_a_daisy_and_the_statistics_are_there():
     network = load_model("package:efficientnet_lite0")
-    answers = network(photograph("flower.jpg", 224)).softmax(1)[0]
+    answers = predict(network, photograph("flower.jpg", 224)).softmax(1)[0]
     assert network.classes[answers.argmax()] == "daisy"
     assert len(feature_layers(network)) > 40
     variances = torch.cat([network.get_submodule(name).running_var for name in feature_layers(network)])
