@@ -19,7 +19,7 @@ from dinv.continual import ContinualSettings, Mixture
 from dinv.datasets import DATASETS, Dataset, load_dataset, to_rgb
 from dinv.distillation import PixelSource
 from dinv.metrics import accuracy
-from dinv.models import Classifier, create_model
+from dinv.models import Classifier, create_model, load_model, shipped_models
 from dinv.runs import Result, Run
 from dinv.store import sha256_tensors, stored
 
@@ -54,8 +54,24 @@ def part_of(data: Dataset, first: int, count: int) -> Dataset:
     return Dataset(data.name, data.split, part.images, part.labels - first, names)
 
 
-def teacher_of_part(run: Run, count: int) -> tuple[Classifier, Result]:
-    """The profile's teacher architecture, trained on the first `count` classes alone: a cached stage."""
+def name_of_part(run: Run, count: int) -> str:
+    """Of the network that knows the first `count` classes, among the stages and the shipped networks."""
+    return f"{run.profile.teacher}-{count}-classes"
+
+
+def teacher_of_part(run: Run, count: int) -> Classifier:
+    """A network of the profile's teacher's kind that has seen the first `count` classes alone, frozen.
+
+    As shipped, or trained by a cached stage where the profile says `retrain` or no weights are shipped.
+    """
+    name = name_of_part(run, count)
+    if name in shipped_models() and not run.profile.retrain:
+        return load_model(name).to(chapters.device())
+    return trained_on_part(run, count)[0]
+
+
+def trained_on_part(run: Run, count: int) -> tuple[Classifier, Result]:
+    """Train that network from scratch, or find it trained: a cached stage."""
     profile = run.profile
     settings = dataclasses.replace(
         chapters.training_settings(profile, "teacher"), epochs=profile.continual.epochs,
@@ -68,7 +84,7 @@ def teacher_of_part(run: Run, count: int) -> tuple[Classifier, Result]:
     def data() -> Dataset:
         return part_of(load_dataset(profile.dataset, "train", chapters.device()), 0, count)
 
-    name = f"{profile.teacher}-{count}-classes"
+    name = name_of_part(run, count)
     return chapters.supervised(run, name, model, data, settings, seed, classes=list(classes))
 
 
@@ -201,7 +217,7 @@ def step(
 
 def sequence(run: Run, row: str, counts: tuple[int, ...], seed: int) -> list[Increment]:
     """The steps of a split one after the other, then the classes of another kind; each inverts the last."""
-    network, _ = teacher_of_part(run, counts[0])
+    network = teacher_of_part(run, counts[0])
     done: list[Increment] = []
     for number in range(len(counts)):
         data = scenario(run, counts, number)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,18 @@ def latencies(networks: Sequence[Classifier], batch: int = 64, repeats: int = 15
         images = torch.rand(batch, network.channels, network.size, network.size, device=device)
         calls.append(_Call(network, images.contiguous(memory_format=torch.channels_last)))
     return interleaved(calls, repeats, device)
+
+
+def above(line: Sequence[tuple[float, float]], points: Sequence[tuple[float, float]]) -> list[float]:
+    """By how much points (time, accuracy) lie above a line through others, at their own time.
+
+    Args:
+        line: points in any order; between two neighbours in time the line is straight.
+        points: those outside the line's times are left out.
+    """
+    times, heights = zip(*sorted(line), strict=True)
+    within = [(time, height) for time, height in points if times[0] <= time <= times[-1]]
+    return [height - float(np.interp(time, times, heights)) for time, height in within]
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Pruning:
     batch: int = 256
     rate: float = 0.02
     front: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7)  # Table 5
-    faster: float = 0.4  # share of the latency that goes in Table 9
+    faster: tuple[float, ...] = (0.2, 0.4, 0.6)  # shares of the latency that go in Table 9
     etas: tuple[float, ...] = (0.0, 0.003, 0.03, 0.3)  # Table 9, per millisecond of a batch of 64
     seeds: int = 3
 
@@ -136,7 +136,7 @@ class Continual:
     updates: int = 5000
     batch: int = 256
     rate: float = 0.02
-    features: float = 1.0  # weight in the remedy
+    features: float = 30.0  # weight in the remedy: of 1, 3, 10, 30, 100 the best on training images
     seeds: int = 3
 
 
@@ -268,7 +268,7 @@ CPU = replace(
         etas=(0.0, 0.01, 0.1),
         seeds=1,
     ),
-    continual=Continual(epochs=12, images=512, updates=120, batch=128, seeds=1),
+    continual=Continual(epochs=12, images=512, updates=80, batch=128, seeds=1),
     imagenet=Imagenet(
         teacher=("package:efficientnet_lite0",),
         judges=("package:efficientnet_lite1", "package:efficientnet_lite2"),
@@ -339,7 +339,7 @@ SMOKE = replace(
         updates=30,
         batch=64,
         front=(0.2, 0.5),
-        faster=0.05,  # of 8x8 images little time goes into what a filter less makes less
+        faster=(0.05,),  # of 8x8 images little time goes into what a filter less makes less
         etas=(0.0, 0.1),
         seeds=2,
     ),

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from dinv import chapters, continual, increments
+from dinv import chapters, continual, increments, load_profile
+from dinv.datasets import DATASETS
 from dinv.metrics import accuracy
+from dinv.models import load_model
 
 SHORT = {
     "distillation.stages": ((3, 8),), "inversion.batch": 20, "continual.images": 40, "continual.updates": 3,
@@ -36,9 +38,19 @@ def test_the_steps_of_a_split(run):
 
 
 def test_a_teacher_of_some_classes(run):
-    model, result = increments.teacher_of_part(run, 4)
+    model, result = increments.trained_on_part(run, 4)
     assert model.classes == ("0", "1", "2", "3") and not model.training
-    assert increments.teacher_of_part(run, 4)[1].cached and result.meta["history"]
+    assert increments.trained_on_part(run, 4)[1].cached and result.meta["history"]
+    assert chapters.digest(increments.teacher_of_part(run, 4)) == chapters.digest(model)  # none is shipped
+
+
+def test_a_teacher_of_some_classes_is_the_shipped_one(run):
+    run.profile = load_profile("cpu")
+    for counts in run.profile.continual.splits:
+        model = increments.teacher_of_part(run, counts[0])
+        known = load_model(increments.name_of_part(run, counts[0]))
+        assert model.classes == DATASETS["cifar10"][: counts[0]] and not model.training
+        assert chapters.digest(model) == chapters.digest(known)
 
 
 @pytest.mark.parametrize("row", (*increments.BARE, *increments.DATA_FREE, increments.REMEDY))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dinv.datasets import load_dataset
-from dinv.latency import WIDTHS, LatencyTable, Layer, interleaved, latencies
+from dinv.latency import WIDTHS, LatencyTable, Layer, above, interleaved, latencies
 from dinv.metrics import accuracy
 from dinv.models import Classifier, create_model, load_model, parameter_count
 from dinv.models.export import export_onnx
@@ -314,6 +314,12 @@ def test_what_a_channel_saves_is_what_the_table_says_afterwards():
         assert promised > 0
         group.remove([1])
         assert before - table.of(network) == pytest.approx(promised, rel=0.1)
+
+
+def test_points_above_a_line_are_compared_at_their_own_time():
+    line = [(100.0, 90.0), (50.0, 70.0), (60.0, 80.0)]  # in any order
+    assert above(line, [(80.0, 90.0), (55.0, 70.0), (100.0, 90.0)]) == pytest.approx([5.0, -5.0, 0.0])
+    assert above(line, [(49.9, 70.0), (101.0, 99.0)]) == []  # nothing to compare with
 
 
 def test_latency_makes_the_cheap_layers_stay(teacher, digits):

@@ -7,7 +7,7 @@ import torch
 
 from dinv import load_dataset
 from dinv.metrics import accuracy
-from dinv.models import create_model, load_model, parameter_count, shipped_models
+from dinv.models import create_model, load_model, parameter_count, registry, shipped_models
 from dinv.models.registry import WEIGHTS
 from dinv.models.shipping import LARGEST_FILE, LARGEST_TOTAL, ship
 
@@ -41,10 +41,11 @@ def test_cifar_networks_reach_what_was_asked(name, least):
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize("name", ["resnet_small", "vgg_small"])
+@pytest.mark.parametrize("name", [n for n, entry in shipped_models().items() if entry["domain"] == "cifar10"])
 def test_cifar_networks_are_as_good_as_stated(name):
-    test_set = load_dataset("cifar10", "test")
-    found = accuracy(load_model(name), test_set.images, test_set.labels)
+    network = load_model(name)
+    test_set = load_dataset("cifar10", "test").of_classes(network.classes)
+    found = accuracy(network, test_set.images, test_set.labels)
     assert found == pytest.approx(shipped_models()[name]["accuracy"], abs=0.05)
 
 
@@ -54,6 +55,15 @@ def test_ship_writes_what_load_model_reads(tmp_path):
     entry = json.loads((tmp_path / "manifest.json").read_text())["resnet_digits"]
     assert entry["accuracy"] == 91.23 and entry["history"][0]["loss"] == 0.5124
     other = load_model("resnet_digits", checkpoint=path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_network_of_some_classes_is_shipped_by_a_name_of_its_own(tmp_path, monkeypatch):
+    model = create_model("resnet_digits", "digits", seed=3, classes=("0", "1", "2"))
+    ship(model, "digits", 91.234, [], tmp_path, name="resnet_digits-3-classes")
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
+    other = load_model("resnet_digits-3-classes")
+    assert other.classes == model.classes and other.name == "resnet_digits"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 

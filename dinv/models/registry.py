@@ -113,14 +113,16 @@ def load_model(name: str, checkpoint: str | Path | None = None) -> Classifier:
         CorruptCheckpoint: the file is damaged or does not fit the network.
     """
     shipped = _manifest()
-    if checkpoint is not None:
-        domain = shipped[name]["domain"] if name in shipped else "cifar10"
-        return load_weights(create_model(name, domain), checkpoint).freeze()
     if name in shipped:
         entry = shipped[name]
+        model = create_model(entry["network"], entry["domain"], classes=entry["classes"])
+        if checkpoint is not None:
+            return load_weights(model, checkpoint).freeze()
         path = WEIGHTS / entry["file"]
         _verify(path, entry["sha256"])
-        return load_weights(create_model(name, entry["domain"]), path).freeze()
+        return load_weights(model, path).freeze()
+    if checkpoint is not None:
+        return load_weights(create_model(name), checkpoint).freeze()
     if name in NETWORKS:
         raise ValueError(
             f"{name} is not shipped with weights: train it (notebook 00_teacher), name a checkpoint, "
@@ -130,7 +132,10 @@ def load_model(name: str, checkpoint: str | Path | None = None) -> Classifier:
 
 
 def shipped_models() -> dict[str, dict]:
-    """The shipped networks: name -> domain, file, sha256, accuracy (percent, whole test set)."""
+    """The shipped networks: name -> network, domain, classes, file, sha256, accuracy (percent).
+
+    The accuracy is that on the domain's whole test set, or on the part of it that shows these classes.
+    """
     return dict(_manifest())
 
 

@@ -1,6 +1,6 @@
 """Put trained networks into the package: weights as safetensors, a manifest with checksums.
 
-    python -m dinv.models.shipping --profile cpu     # for maintainers, after 00_teacher with retrain=true
+    python -m dinv.models.shipping --profile cpu     # for maintainers; trains, or finds it trained
 """
 
 from __future__ import annotations
@@ -26,32 +26,37 @@ def ship(
     accuracy: float,
     history: list[dict[str, float]],
     folder: Path = WEIGHTS,
+    name: str | None = None,
 ) -> Path:
     """Write `model` and its entry in the manifest.
 
     Args:
-        accuracy: top-1 in percent on the whole test set of `domain`.
+        accuracy: top-1 in percent on the whole test set of `domain`, or on its part with these classes.
         history: one record an epoch, as `training.train` returns them.
+        name: by which `load_model` finds it; the network's own, where not given.
 
     Raises:
         ValueError: the file, or all together, would be larger than what is shipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{domain}-{model.name}.safetensors"
+    name = name or model.name
+    path = folder / f"{domain}-{name}.safetensors"
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     size = sum(value.nbytes for value in state.values())
     others = sum(f.stat().st_size for f in folder.glob("*.safetensors") if f != path)
     if size > LARGEST_FILE or size + others > LARGEST_TOTAL:
         raise ValueError(
-            f"{model.name} has {size / 1e6:.1f} MB beside {others / 1e6:.1f} MB: at most "
+            f"{name} has {size / 1e6:.1f} MB beside {others / 1e6:.1f} MB: at most "
             f"{LARGEST_FILE / 1e6:.0f} MB a file and {LARGEST_TOTAL / 1e6:.0f} MB in all are shipped"
         )
     save_file(state, path)
     path.chmod(0o644)  # safetensors writes files that only their owner can read
     manifest_path = folder / "manifest.json"
     manifest: dict[str, Any] = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    manifest[model.name] = {
+    manifest[name] = {
+        "network": model.name,
         "domain": domain,
+        "classes": list(model.classes),
         "file": path.name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "parameters": parameter_count(model),
@@ -63,11 +68,11 @@ def ship(
 
 
 def main() -> None:
-    from dinv import chapters
+    from dinv import chapters, increments
     from dinv.datasets import load_dataset
     from dinv.metrics import accuracy
 
-    parser = argparse.ArgumentParser(description="ship a profile's teacher and judge")
+    parser = argparse.ArgumentParser(description="ship a profile's networks")
     parser.add_argument("--profile", default="cpu")
     run = chapters.start("00_teacher", parser.parse_args().profile)
     test_set = load_dataset(run.profile.dataset, "test")
@@ -75,6 +80,13 @@ def main() -> None:
         model, result = chapters.trained(run, role)
         score = accuracy(model, test_set.images, test_set.labels)
         path = ship(model, run.profile.dataset, score, result.meta["history"])
+        print(f"{path.name}: {score:.2f} %")
+    for count in sorted({counts[0] for counts in run.profile.continual.splits}):
+        model, result = increments.trained_on_part(run, count)
+        part = increments.part_of(test_set, 0, count)
+        score = accuracy(model, part.images, part.labels)
+        name = increments.name_of_part(run, count)
+        path = ship(model, run.profile.dataset, score, result.meta["history"], name=name)
         print(f"{path.name}: {score:.2f} %")
 
 
