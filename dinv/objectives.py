@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.features import DISTANCES, Statistics, at_least_float32, batchnorm_statistics, moments
-from dinv.models.classifier import Classifier, autocast
+from dinv.models.classifier import Classifier, autocast, structure
 from dinv.store import sha256_tensors, stored
 
 
@@ -290,8 +290,7 @@ class Competition(Term):
         return Competition(student.to(memory_format=torch.channels_last), self.agreeing)
 
     def signature(self) -> tuple:
-        shapes = tuple(tensor.shape for tensor in self.tensors())
-        return (type(self), self.agreeing, type(self.student.net), repr(self.student), shapes)
+        return (type(self), self.agreeing, structure(self.student))
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(self.student.state_dict().values())

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinv.features import moments, watch
-from dinv.models import Classifier, autocast
+from dinv.models import Classifier, autocast, structure
 from dinv.objectives import Objective, View
 
 if TYPE_CHECKING:
@@ -168,6 +168,8 @@ def inversion_step(
 ) -> Step | PartsStep:
     """The step for this teacher and objective: a compiled one is made once and used again.
 
+    It serves every network of the same `structure` as long as one of them lives.
+
     Args:
         at_once: images that go through the network together; 0 is the whole batch.
     """
@@ -181,12 +183,11 @@ def inversion_step(
         return Step(teacher, objective, compiled=False)
     steps = _steps.setdefault(teacher, {})
     sizes = tuple(size for _, size in settings.plan(teacher.size))
-    shapes = tuple(tensor.shape for tensor in teacher.state_dict().values())
-    key = (batch, sizes, teacher.mean.device, objective.signature(), shapes)
-    if key in steps:
-        return steps[key].refresh(teacher, objective)
-    steps[key] = Step(teacher, objective, compiled=True)
-    return steps[key]
+    key = (batch, sizes, teacher.mean.device, objective.signature(), structure(teacher))
+    if key not in steps:
+        alike = (others[key] for others in _steps.values() if key in others)
+        steps[key] = next(alike, None) or Step(teacher, objective, compiled=True)
+    return steps[key].refresh(teacher, objective)
 
 
 def compiling_pays(teacher: Classifier, settings: InversionSettings, images: int) -> bool:

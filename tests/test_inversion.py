@@ -591,6 +591,15 @@ def test_a_network_that_has_grown_is_compiled_anew(tiny, graphs):
     assert len(graphs) == 2
 
 
+def test_networks_that_differ_by_their_weights_are_compiled_once(tiny, graphs):
+    teachers = [tiny(0), tiny(1), tiny(0, classes=7)]
+    eager = [images_of(teacher, deep_inversion(), PLAIN) for teacher in teachers]
+    found = [images_of(teacher, deep_inversion()) for teacher in teachers]
+    assert len(graphs) == 2  # seven classes are another structure
+    for one, other in zip(eager, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
 def test_the_teacher_stays_as_it_is_when_compiled(tiny, graphs, portrait):
     teacher = tiny().train()
     before = portrait(teacher)

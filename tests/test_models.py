@@ -24,6 +24,7 @@ from dinv.models import (
     parameter_count,
     registry,
     shipped_models,
+    structure,
 )
 from dinv.models.cifar import wide_resnet
 
@@ -279,6 +280,22 @@ def test_a_file_that_is_not_there(digits, tmp_path):
             load_weights(digits[0], path)
     with pytest.raises(CorruptCheckpoint, match="nothing.pt is not a file"):
         load_model("resnet_digits", tmp_path / "nothing.pt")
+
+
+def test_networks_of_one_structure_differ_by_their_weights_alone():
+    one, other = (create_model("resnet_digits", "digits", seed=seed) for seed in (0, 1))
+    assert structure(one) == structure(other) and hash(structure(one)) == hash(structure(other))
+    assert structure(one) != structure(create_model("resnet_digits", "digits", classes="abc"))
+    assert structure(one) != structure(create_model("vgg_digits", "digits"))
+    other.net[1].residual = not other.net[1].residual  # shows in no name and in no shape
+    assert structure(one) != structure(other)
+
+
+def test_a_module_with_a_hook_is_like_itself_alone():
+    one, other = (create_model("resnet_digits", "digits") for _ in range(2))
+    for network in (one, other):
+        network.net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert structure(one) == structure(one) != structure(other)
 
 
 # ---- shipped networks ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dinv.models.classifier import (
     inputs_of,
     parameter_count,
     resized,
+    structure,
     to_float,
 )
 from dinv.models.pretrained import WeightsUnavailable
@@ -23,5 +24,5 @@ from dinv.models.registry import (
 __all__ = [
     "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "WeightsUnavailable", "autocast",
     "create_model", "evaluating", "inputs_of", "load_model", "load_weights", "parameter_count", "resized",
-    "shipped_models", "to_float",
+    "shipped_models", "structure", "to_float",
 ]  # fmt: skip

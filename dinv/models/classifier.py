@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -109,6 +109,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def structure(network: Classifier) -> tuple:
+    """What decides a network's answers in eval mode besides its tensors' values: equal for two that differ
+    by weights alone.
+
+    Types and attributes of all modules, shapes of all tensors. An attribute that cannot be compared, and a
+    module with a hook, are equal to themselves alone.
+    """
+    modules = []
+    for name, module in network.net.named_modules():
+        own = [(key, value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE]
+        values = tuple((key, value if isinstance(value, Hashable) else id(value)) for key, value in own)
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        modules.append((name, type(module), values, id(module) if hooked else None))
+    shapes = tuple((name, tensor.shape) for name, tensor in network.state_dict().items())
+    return (network.size, tuple(modules), shapes)
 
 
 def parameter_count(module: nn.Module) -> int:
