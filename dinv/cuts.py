@@ -7,6 +7,7 @@ a table make the same updates.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinv import chapters, distillation, latency, pruning, rows
-from dinv.datasets import load_dataset
+from dinv import chapters, distillation, gallery, latency, pruning, rows
+from dinv.datasets import Dataset, load_dataset
+from dinv.inversion import balanced_labels
 from dinv.latency import LatencyTable, Layer
 from dinv.metrics import accuracy
 from dinv.models import Classifier
 from dinv.pruning import Pruned
 from dinv.runs import Run
 from dinv.runs.machine import device_name
+from dinv.step import forward_flops, inversion_flops
 from dinv.store import sha256_tensors, stored, under
 
 DATA_FREE = ("noise", "deepdream", "deepinversion", "adi")
@@ -39,6 +42,30 @@ def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> Tensor:
         cell = rows.distilled(run, "adi", run.profile.distillation.pairs[0], seed)
         return torch.cat([made.images[: run.profile.distillation.first], cell.made])
     return rows.pool(run, row, teacher, seed)[0].images
+
+
+def of_imagenet(run: Run, row: str, teacher: Classifier) -> Tensor:
+    """As many images as importance is measured on, uint8, made from a network of notebook 07 as there.
+
+    Args:
+        row: "noise", "deepdream" or "deepinversion".
+    """
+    chosen = run.profile
+    if row == "noise":
+        return rows.noise(teacher, chosen.pruning.images, 0)
+    wanted = balanced_labels(chosen.pruning.images, len(teacher.classes))
+    batch = math.gcd(len(wanted), 64)  # whole batches, of as many large images as a card holds
+    terms = gallery.objective(chosen, row)
+    return gallery.made(run, f"{row}-pruning", teacher, wanted, terms, batch=batch)[0].images
+
+
+def hours_of_imagenet(run: Run, network: Classifier, rate: float) -> tuple[float, float]:
+    """What a row of that kind takes: (its images, and then one cell), at `rate` operations a second."""
+    chosen = run.profile.pruning
+    synthesis = chosen.images * inversion_flops(network, run.profile.imagenet.stages)
+    passes = 4.0  # one through the teacher, three for the student's gradients
+    healing = passes * chosen.updates * chosen.batch * forward_flops(network)
+    return synthesis / rate / 3600, healing / rate / 3600
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,7 @@ def cut(
     labels: Tensor | None = None,
     table: LatencyTable | None = None,
     updates: int | None = None,
+    test: Dataset | None = None,
     **options: Any,
 ) -> Cut:
     """Prune `teacher` on `images` and distil it into what is left, or find it done: a cached stage.
@@ -92,6 +120,7 @@ def cut(
         name: of the stage.
         labels: where `importance` wants them.
         updates: the profile's, where not given; 0 leaves the network as it was cut.
+        test: on what accuracy is taken; the profile's test set, where not given.
         options: target, importance, eta: as for `pruning.prune`.
     """
     chosen = run.profile.pruning
@@ -130,6 +159,6 @@ def cut(
     networks = [structure, copy.deepcopy(structure)]
     for network, part in zip(networks, ("pruned.", "model."), strict=True):
         network.load_state_dict(under(part, result.tensors))
-    test = load_dataset(run.profile.dataset, "test", chapters.device())
+    test = test or load_dataset(run.profile.dataset, "test", chapters.device())
     scores = [accuracy(network, test.images, test.labels) for network in networks]
     return Cut(Pruned(networks[0], removed, result.meta["history"]), networks[1], *scores, result.seconds)

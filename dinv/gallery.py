@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dinv import chapters
-from dinv.datasets import load_dataset
+from dinv.datasets import Dataset, load_dataset
 from dinv.inversion import InversionSettings
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
 from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
@@ -106,10 +106,12 @@ def made(
     snapshots: tuple[int, ...] = (),
     seed: int = 0,
     student: Classifier | None = None,
+    batch: int = 0,
 ) -> tuple[Pool, Result]:
-    """Images of the `wanted` classes as one batch: a cached stage.
+    """Images of the `wanted` classes: a cached stage.
 
     Args:
+        batch: images that share statistics; 0 is all of them.
         name: of the stage, and of the objective where `terms` are not given.
         student: whom the images compete with, by the profile's weight.
     """
@@ -118,7 +120,7 @@ def made(
         terms = terms + run.profile.imagenet.competition * Competition(student)
     return chapters.pool(
         run, f"{teacher.name}-{name}".replace(", ", "-").replace(" ", "-"), teacher, terms,
-        seed=seed, labels=wanted, batch=len(wanted), settings=settings(run.profile, stages),
+        seed=seed, labels=wanted, batch=batch or len(wanted), settings=settings(run.profile, stages),
         snapshots=snapshots, at_once=run.profile.imagenet.at_once,
     )  # fmt: skip
 
@@ -135,7 +137,8 @@ def photographs(run: Run, model: Classifier) -> tuple[Tensor, list[str]]:
         firsts = [int((data.labels == number).nonzero()[0]) for number in range(len(data.classes))]
         return data.images[firsts], list(data.classes)
     if profile.imagenet.folder:
-        return of_folder(profile.imagenet.folder, model, count=1000)
+        data = of_folder(profile.imagenet.folder, model, count=1000)
+        return data.images, [data.classes[number] for number in data.labels]
     return torch.cat([photograph(file, model.size) for file in PHOTOGRAPHS]), list(PHOTOGRAPHS.values())
 
 
@@ -148,7 +151,7 @@ def photograph(file: str, size: int) -> Tensor:
     return resized(center_crop(image, [min(image.shape[2:])] * 2), size)
 
 
-def of_folder(folder: str, model: Classifier, count: int) -> tuple[Tensor, list[str]]:
+def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
     """`count` images drawn from an ImageFolder (one folder a class, in the order of the model's classes).
 
     Raises:
@@ -163,10 +166,10 @@ def of_folder(folder: str, model: Classifier, count: int) -> tuple[Tensor, list[
     if len(data.classes) != len(model.classes):
         raise ValueError(f"{folder} has {len(data.classes)} classes, {model.name} knows {len(model.classes)}")
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    images, names = [], []
+    images, numbers = [], []
     for index in drawn:
         image, number = data[index]
         image = center_crop(resize(image.convert("RGB"), round(model.size * 256 / 224)), [model.size] * 2)
         images.append(pil_to_tensor(image))
-        names.append(model.classes[number])
-    return torch.stack(images), names
+        numbers.append(number)
+    return Dataset("imagenet", "test", torch.stack(images), torch.tensor(numbers), model.classes)

@@ -5,14 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from dinv import chapters, cuts, rows
+from dinv import chapters, cuts, load_dataset, rows
+from dinv.metrics import accuracy
 from dinv.profiles import load_profile
+from dinv.step import forward_flops
 
 SHORT = {
     "distillation.stages": ((3, 8),), "inversion.batch": 20, "distillation.first": 40,
     "distillation.rounds": 3,
     "distillation.updates": 2, "distillation.batch": 20, "pruning.images": 30, "pruning.step": 0.1,
-    "pruning.updates": 2, "pruning.batch": 20,
+    "pruning.updates": 2, "pruning.batch": 20, "imagenet.stages": ((2, 8),),
 }  # fmt: skip
 
 
@@ -82,3 +84,21 @@ def test_the_table_of_latencies_is_measured_once(run):
 
 def test_the_paper_removes_a_fifth_and_a_half():
     assert load_profile("paper").pruning.ratios == (0.2, 0.5)
+
+
+@pytest.mark.parametrize("row", ["noise", "deepinversion"])
+def test_a_row_of_imagenet_is_made_as_in_notebook_07_and_judged_on_what_is_given(run, row):
+    teacher = chapters.network(run, "teacher")
+    images = cuts.of_imagenet(run, row, teacher)
+    assert images.shape == (30, 1, 8, 8) and images.dtype == torch.uint8
+    few = load_dataset("digits", "test").take(slice(0, 7))
+    cell = cuts.cut(run, row, teacher, images, filters=0.3, test=few)
+    assert cell.accuracy == pytest.approx(accuracy(cell.network, few.images, few.labels))
+
+
+def test_what_a_row_of_imagenet_costs_follows_its_settings(run):
+    teacher = chapters.network(run, "teacher")
+    synthesis, healing = cuts.hours_of_imagenet(run, teacher, 1e9)
+    p = run.profile.pruning
+    assert synthesis == pytest.approx(p.images * 2 * forward_flops(teacher) * 2 / 3.6e12)  # two steps at 8 px
+    assert healing == pytest.approx(p.updates * p.batch * 4 * forward_flops(teacher) / 3.6e12)

@@ -125,9 +125,9 @@ def test_images_of_a_folder(tmp_path, tiny):
         for index in range(2):
             Image.new("RGB", (20, 14), (number, 10 * index, 0)).save(tmp_path / f"n{number}" / f"{index}.png")
     model = tiny(0)
-    images, names = gallery.of_folder(str(tmp_path), model, 6)
-    assert images.shape == (6, 3, 8, 8) and images.dtype == torch.uint8
-    assert names == [f"class{number}" for number in images[:, 0, 0, 0].tolist()]
+    data = gallery.of_folder(str(tmp_path), model, 6)
+    assert data.images.shape == (6, 3, 8, 8) and data.images.dtype == torch.uint8
+    assert data.classes == model.classes and torch.equal(data.labels, data.images[:, 0, 0, 0].long())
     with pytest.raises(ValueError, match="is no folder"):
         gallery.of_folder("/nowhere", model, 1)
     (tmp_path / "n9").mkdir()
