@@ -1,5 +1,6 @@
 """Networks by name, their normalisation, and checkpoints that are not what they should be."""
 
+import copy
 import json
 import os
 import pickle
@@ -296,6 +297,15 @@ def test_a_module_with_a_hook_is_like_itself_alone():
     for network in (one, other):
         network.net[0].register_forward_hook(lambda module, inputs, output: 2 * output)
     assert structure(one) == structure(one) != structure(other)
+
+
+@pytest.mark.parametrize("value", [[1], ([1], 2), lambda x: x])
+def test_an_attribute_that_cannot_be_compared_is_like_itself_alone(value):
+    one, other = (create_model("resnet_digits", "digits") for _ in range(2))
+    one.net[0].extra, other.net[0].extra = value, copy.deepcopy(value)
+    assert hash(structure(one)) == hash(structure(one))
+    assert structure(one) == structure(one)
+    assert callable(value) or structure(one) != structure(other)
 
 
 # ---- shipped networks ----------------------------------------------------------------------------

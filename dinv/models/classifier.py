@@ -124,11 +124,19 @@ def structure(network: Classifier) -> tuple:
     modules = []
     for name, module in network.net.named_modules():
         own = [(key, value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE]
-        values = tuple((key, value if isinstance(value, Hashable) else id(value)) for key, value in own)
+        values = tuple((key, _comparable(value)) for key, value in own)
         hooked = module._forward_hooks or module._forward_pre_hooks
         modules.append((name, type(module), values, id(module) if hooked else None))
     shapes = tuple((name, tensor.shape) for name, tensor in network.state_dict().items())
     return (network.size, tuple(modules), shapes)
+
+
+def _comparable(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
 
 
 def parameter_count(module: nn.Module) -> int:
