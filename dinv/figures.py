@@ -6,12 +6,14 @@ Images come as uint8 or as float in [0, 1], NCHW. Nothing here computes a result
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -185,8 +187,9 @@ def layer_distances(
 ) -> Figure:
     """Distance to the BatchNorm statistics, layer by layer, one line a kind of image."""
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    colors = colors_of(distances)
     for name, values in distances.items():
-        axis.plot(range(1, len(values) + 1), values, marker="o", ms=4, label=name, color=color_of(name))
+        axis.plot(range(1, len(values) + 1), values, marker="o", ms=4, label=name, color=colors[name])
     axis.set_yscale("log")
     axis.set_xlabel("BatchNorm layer, from the image up")
     axis.set_ylabel(ylabel)
@@ -245,8 +248,9 @@ def curves(
 ) -> Figure:
     """Lines with markers, each with an x of its own."""
     figure, axis = plt.subplots(figsize=(4.8, 3.0))
+    colors = colors_of(lines)
     for name, (x, values) in lines.items():
-        axis.plot(x, values, marker="o", ms=4, label=name, color=color_of(name))
+        axis.plot(x, values, marker="o", ms=4, label=name, color=colors[name])
     if all(value == int(value) for x, _ in lines.values() for value in x):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel(xlabel)
@@ -337,6 +341,15 @@ def histograms(values: Mapping[str, Tensor], xlabel: str) -> Figure:
 def color_of(name: str) -> str | None:
     """One colour a method, the same in every figure; None lets matplotlib choose."""
     return COLORS.get(name.lower().replace(" ", ""))
+
+
+def colors_of(names: Iterable[str]) -> dict[str, str]:
+    """`color_of` each, and for what has none the next of matplotlib's that no other name has."""
+    known = {name: color_of(name) for name in names}
+    cycle = itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
+    taken = {to_hex(color) for color in known.values() if color}
+    free = (color for color in cycle if to_hex(color) not in taken)
+    return {name: color or next(free) for name, color in known.items()}
 
 
 def png(figure: Figure, dpi: int = 110) -> bytes:

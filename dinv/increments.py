@@ -218,10 +218,15 @@ def step(
 def sequence(run: Run, row: str, counts: tuple[int, ...], seed: int) -> list[Increment]:
     """The steps of a split one after the other, then the classes of another kind; each inverts the last."""
     network = teacher_of_part(run, counts[0])
+    data = scenario(run, counts)
+    before = accuracy(network, data["old test"].images, data["old test"].labels)
     done: list[Increment] = []
     for number in range(len(counts)):
-        data = scenario(run, counts, number)
-        before = accuracy(network, data["old test"].images, data["old test"].labels)
+        if done:  # what was old and new there is old here
+            sizes = [len(data[name]) for name in ("old test", "new test")]
+            found = done[-1].mixture
+            before = (found.old * sizes[0] + found.new * sizes[1]) / sum(sizes)
+            data = scenario(run, counts, number)
         done.append(step(run, row, network, data, seed, before))
         network = done[-1].network
     return done

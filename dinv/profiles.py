@@ -268,7 +268,7 @@ CPU = replace(
         etas=(0.0, 0.01, 0.1),
         seeds=1,
     ),
-    continual=Continual(epochs=12, images=512, updates=80, batch=128, seeds=1),
+    continual=Continual(epochs=12, images=512, updates=60, batch=128, seeds=1),
     imagenet=Imagenet(
         teacher=("package:efficientnet_lite0",),
         judges=("package:efficientnet_lite1", "package:efficientnet_lite2"),

@@ -3,6 +3,7 @@
 import matplotlib
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from dinv import figures
 
@@ -72,6 +73,15 @@ def test_accuracy_bars_show_mean_and_deviation():
 @pytest.mark.parametrize("name", ["deepdream", "DeepDream", "Deep Dream"])
 def test_one_colour_a_method(name):
     assert figures.color_of(name) == "tab:orange"
+
+
+def test_no_two_lines_share_a_colour():
+    names = ("a", "deepinversion", "b", "DeepDream")
+    figure = figures.curve([0, 1], {name: [1, 2] for name in names}, "x", "y")
+    colors = [line.get_color() for line in figure.axes[0].lines]
+    assert colors[1::2] == ["tab:blue", "tab:orange"]
+    assert len({to_hex(color) for color in colors}) == 4
+    figures.png(figure)
 
 
 def test_png_is_the_same_bytes_twice():

@@ -100,6 +100,10 @@ def test_adaptive_images_begin_with_the_plain_ones(run):
 def test_a_sequence_extends_what_the_last_step_left(run):
     done = increments.sequence(run, "lwf.mc", (6, 2, 2), 0)
     assert [len(one.network.classes) for one in done] == [8, 10, 20]
+    for number in (1, 2):
+        old = increments.scenario(run, (6, 2, 2), number)["old test"]
+        before = accuracy(done[number - 1].network, old.images, old.labels)
+        assert done[number].forgotten == pytest.approx(before - done[number].mixture.old, abs=1e-3)
     again = increments.sequence(run, "lwf.mc", (6, 2, 2), 0)
     assert chapters.digest(again[-1].network) == chapters.digest(done[-1].network)
 
