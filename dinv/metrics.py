@@ -72,12 +72,15 @@ def confusion(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     return 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
 
 
-def top(model: Classifier, images: Tensor, labels: Tensor, k: int = 5, batch: int = 50) -> float:
+def top(
+    model: Classifier, images: Tensor, labels: Tensor, k: int = 5, batch: int = 50, resize: bool = True
+) -> float:
     """Percent of the images whose label is among the model's `k` likeliest answers.
 
-    Images of another size than the model's are resized: a judge may have a size of its own.
+    Images of another size than the model's are resized: a judge may have a size of its own. Those that were
+    made at a coarser size are seen as they are with `resize=False`.
     """
-    logits = predict(model, resized(images, model.size), batch)
+    logits = predict(model, resized(images, model.size) if resize else images, batch)
     return 100 * (logits.topk(k, 1).indices == labels.to(logits.device)[:, None]).any(1).float().mean().item()
 
 
