@@ -15,7 +15,7 @@ from dinv.features import (
     layer_distances,
     measure_statistics,
 )
-from dinv.models import Classifier, inputs_of, resized, to_float
+from dinv.models import Classifier, evaluating, inputs_of, resized, to_float
 from dinv.training import accuracy, predict
 
 __all__ = [
@@ -80,7 +80,11 @@ def top(
     Images of another size than the model's are resized: a judge may have a size of its own. Those that were
     made at a coarser size are seen as they are with `resize=False`.
     """
-    logits = predict(model, resized(images, model.size) if resize else images, batch)
+    if resize:
+        logits = predict(model, resized(images, model.size), batch)
+    else:
+        with torch.no_grad(), evaluating(model):
+            logits = model(to_float(images, model.mean.device)).float()
     return 100 * (logits.topk(k, 1).indices == labels.to(logits.device)[:, None]).any(1).float().mean().item()
 
 

@@ -119,6 +119,15 @@ def test_diversity_is_zero_for_copies_and_asks_for_pairs(tiny):
         metrics.diversity(model, images, torch.arange(4))
 
 
+def test_images_of_a_coarse_size_can_be_judged_as_they_are(run):
+    teacher = gallery.network(run, ["resnet_digits"])
+    images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8)
+    with torch.no_grad():
+        answers = teacher(images / 255).argmax(1)
+    assert metrics.top(teacher, images, answers, 1, resize=False) == 100
+    assert metrics.top(teacher, images, (answers + 1) % 10, 1, resize=False) == 0
+
+
 def test_images_of_a_folder(tmp_path, tiny):
     for number in range(5):
         (tmp_path / f"n{number}").mkdir()
