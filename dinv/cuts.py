@@ -159,6 +159,7 @@ def cut(
     networks = [structure, copy.deepcopy(structure)]
     for network, part in zip(networks, ("pruned.", "model."), strict=True):
         network.load_state_dict(under(part, result.tensors))
-    test = test or load_dataset(run.profile.dataset, "test", chapters.device())
+    if test is None:
+        test = load_dataset(run.profile.dataset, "test", chapters.device())
     scores = [accuracy(network, test.images, test.labels) for network in networks]
     return Cut(Pruned(networks[0], removed, result.meta["history"]), networks[1], *scores, result.seconds)

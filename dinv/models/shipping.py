@@ -75,19 +75,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="ship a profile's networks")
     parser.add_argument("--profile", default="cpu")
     run = chapters.start("00_teacher", parser.parse_args().profile)
-    test_set = load_dataset(run.profile.dataset, "test")
-    for role in ("teacher", "judge"):
-        model, result = chapters.trained(run, role)
-        score = accuracy(model, test_set.images, test_set.labels)
-        path = ship(model, run.profile.dataset, score, result.meta["history"])
-        print(f"{path.name}: {score:.2f} %")
-    for count in sorted({counts[0] for counts in run.profile.continual.splits}):
-        model, result = increments.trained_on_part(run, count)
-        part = increments.part_of(test_set, 0, count)
-        score = accuracy(model, part.images, part.labels)
-        name = increments.name_of_part(run, count)
-        path = ship(model, run.profile.dataset, score, result.meta["history"], name=name)
-        print(f"{path.name}: {score:.2f} %")
+    domain, test_set = run.profile.dataset, load_dataset(run.profile.dataset, "test")
+    parts = sorted({counts[0] for counts in run.profile.continual.splits})
+    networks = [(*chapters.trained(run, role), test_set, None) for role in ("teacher", "judge")]
+    networks += [
+        (*increments.trained_on_part(run, count), increments.part_of(test_set, 0, count),
+         increments.name_of_part(run, count))
+        for count in parts
+    ]  # fmt: skip
+    for model, result, data, name in networks:
+        score = accuracy(model, data.images, data.labels)
+        print(f"{ship(model, domain, score, result.meta['history'], name=name).name}: {score:.2f} %")
 
 
 if __name__ == "__main__":

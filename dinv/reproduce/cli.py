@@ -139,7 +139,7 @@ def _parser() -> _Parser:
     add("--set", action="append", type=_assignment, default=[], metavar="KEY=VALUE",
         help="change one setting of the profile; may be repeated")  # fmt: skip
     add("--imagenet", type=_folder, metavar="DIR",
-        help="a folder of ImageNet's validation images, one folder a class, for notebook 07")  # fmt: skip
+        help="a folder of ImageNet's validation images, one folder a class, for 05 and 07")  # fmt: skip
     add("--force", action="append", default=[], metavar="STAGE",
         help="make this stage again although it is cached; may be repeated")  # fmt: skip
     add("--list", action="store_true", help="show notebooks, stages, what is cached, expected time")
