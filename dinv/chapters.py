@@ -142,7 +142,7 @@ def pool(
     settings = settings or inversion_settings(profile)
     config: Mapping[str, Any] = {
         "objective": objective.config(),
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.config(),
         "images": len(labels),
         "batch": batch,
         "seed": seed,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -138,7 +138,7 @@ class PixelSource(Source):
     def config(self) -> dict[str, Any]:
         return {
             "source": "pixels", "version": inversion.VERSION, "objective": self.objective.config(),
-            "settings": asdict(self.settings), "batch": self.batch, "labels": "running on",
+            "settings": self.settings.config(), "batch": self.batch, "labels": "running on",
             "seed": self.seed, "first": self.first, "competition": self.competition,
         }  # fmt: skip
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from dinv.pool import Pool
 from dinv.profiles import Profile
 from dinv.runs import Result, Run
 
+OPTIMISER = ("stages", "rate", "octaves", "chroma", "betas", "schedule", "jitter", "flip")
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
 
 
@@ -86,13 +88,10 @@ def objective(profile: Profile, row: str) -> Objective:
     return prior + chosen.feature * FeatureStatistics(distance, first=chosen.first)
 
 
-def settings(profile: Profile, stages: tuple[tuple[int, int], ...] = ()) -> InversionSettings:
-    """The optimiser of the pixels, by the profile's stages or by others."""
-    chosen = profile.imagenet
-    return InversionSettings(
-        rate=chosen.rate, betas=tuple(chosen.betas), schedule=chosen.schedule, jitter=chosen.jitter,
-        flip=chosen.flip, stages=stages or chosen.stages, compile=profile.inversion.compile,
-    )  # fmt: skip
+def settings(profile: Profile, **changes: Any) -> InversionSettings:
+    """The profile's optimiser of the pixels, with `changes`."""
+    chosen = {name: getattr(profile.imagenet, name) for name in OPTIMISER}
+    return InversionSettings(**{**chosen, "compile": profile.inversion.compile, **changes})
 
 
 def made(
@@ -102,25 +101,26 @@ def made(
     wanted: Tensor,
     terms: Objective | None = None,
     *,
-    stages: tuple[tuple[int, int], ...] = (),
     snapshots: tuple[int, ...] = (),
     seed: int = 0,
     student: Classifier | None = None,
     batch: int = 0,
+    **changes: Any,
 ) -> tuple[Pool, Result]:
     """Images of the `wanted` classes: a cached stage.
 
     Args:
-        batch: images that share statistics; 0 is all of them.
         name: of the stage, and of the objective where `terms` are not given.
         student: whom the images compete with, by the profile's weight.
+        batch: images that share statistics; 0 is all of them.
+        changes: settings of the optimiser other than the profile's.
     """
     terms = objective(run.profile, name) if terms is None else terms
     if student is not None:
         terms = terms + run.profile.imagenet.competition * Competition(student)
     return chapters.pool(
         run, f"{teacher.name}-{name}".replace(", ", "-").replace(" ", "-"), teacher, terms,
-        seed=seed, labels=wanted, batch=batch or len(wanted), settings=settings(run.profile, stages),
+        seed=seed, labels=wanted, batch=batch or len(wanted), settings=settings(run.profile, **changes),
         snapshots=snapshots, at_once=run.profile.imagenet.at_once,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinv.descent import Descent
 from dinv.models import Classifier
 from dinv.objectives import Objective, Term
 from dinv.step import inversion_step
@@ -34,6 +35,7 @@ class InversionSettings:
     Attributes:
         steps: iterations at the teacher's own image size (paper: 2,000 on CIFAR-10).
         rate: Adam's learning rate, in normalised pixel units (paper: 0.05).
+        octaves, chroma: what Adam descends on, see `descent.Descent`; 1 and 0: the pixels (paper).
         betas: Adam's decay rates.
         schedule: "constant", as in the paper, or "cosine" down to zero.
         jitter: the batch is rolled by up to so many pixels either way before each step (paper: 2).
@@ -46,6 +48,8 @@ class InversionSettings:
 
     steps: int = 2000
     rate: float = 0.05
+    octaves: int = 1
+    chroma: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: str = "constant"
     jitter: int = 2
@@ -68,6 +72,18 @@ class InversionSettings:
             raise ValueError(
                 f"steps={self.steps} and rate={self.rate} must be positive, jitter={self.jitter} not negative"
             )
+        if not (self.octaves >= 1 and 0 <= self.chroma < math.inf):
+            raise ValueError(f"octaves={self.octaves} must be positive, chroma={self.chroma} not negative")
+
+    def config(self) -> dict[str, Any]:
+        """In plain words and numbers: part of the key of what is made with them.
+
+        A descent on the pixels is not named, so that pools from before there was another are still found.
+        """
+        config = asdict(self)
+        if (self.octaves, self.chroma) == (1, 0):
+            del config["octaves"], config["chroma"]
+        return config
 
     def plan(self, size: int) -> tuple[tuple[int, int], ...]:
         """The (steps, size) pairs to run for a teacher of this image size."""
@@ -174,7 +190,7 @@ def invert(
         if pixels.shape[-1] != size:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        optimizer = torch.optim.Adam([pixels], lr=settings.rate, betas=settings.betas)
+        descent = Descent(pixels, settings.betas, settings.octaves, settings.chroma)
         best, best_pixels = torch.full((), math.inf, device=device), pixels.clone()
         suspect = pixels
         for index in range(steps):
@@ -188,10 +204,7 @@ def invert(
             history[done, :-1], history[done, -1] = terms, gradient.sum()
             suspect = torch.where(sound, seen, suspect)  # stays where the gradient first was not finite
             sound = sound & history[done, -1].isfinite()
-            pixels.grad = restore(gradient)
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(settings, index, steps)
-            optimizer.step()
+            descent.step(restore(gradient), _rate(settings, index, steps))
             torch.maximum(torch.minimum(pixels, high, out=pixels), low, out=pixels)
             done += 1
             if done % every == 0 or index == steps - 1:
@@ -201,7 +214,6 @@ def invert(
                 newest = dict(zip(step.names, history[done - 1].tolist(), strict=False))
                 callback(Progress(done, total, newest, partial(to_images, pixels)))
         pixels = pixels.detach()
-        pixels.grad = None
         if settings.keep == "best":
             pixels = best_pixels.contiguous(memory_format=torch.channels_last)
     if total in snapshots:

@@ -1,0 +1,91 @@
+"""Adam on an image, or on what it is the sum of: octaves from coarse to fine, brightness apart from colour.
+
+The paper descends on the pixels. Adam gives every number it holds a step of about the same length, so a
+step on pixels is as loud at the finest scale as at any coarser one, and in colour as in brightness: grain
+and gaudy colours, which the objective has to take back. A step on octaves is shaped as images are. Nothing
+is added to the objective and nothing is taken from data; only the path of the descent is another. Compare
+Olah et al., *Feature Visualization* (Distill 2017) and Mordvintsev et al., *Differentiable Image
+Parameterizations* (Distill 2018), who descend on Fourier coefficients and on colours decorrelated by data.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Descent:
+    """Adam for `pixels` (N, C, H, W), which `step` changes in place.
+
+    Args:
+        octaves: 1 descends on the pixels themselves. With more, an image is the sum of so many images, each
+            of half the size of the last, brought to full size by linear interpolation. The coarsest has
+            the whole rate, each finer one half of it.
+        chroma: rate of the differences between the channels as a share of the rate of their mean; 0 descends
+            on the channels as they are.
+
+    Raises:
+        ValueError: more octaves than the image can be halved.
+    """
+
+    def __init__(
+        self, pixels: Tensor, betas: tuple[float, float], octaves: int = 1, chroma: float = 0.0
+    ) -> None:
+        height, width = pixels.shape[2:]
+        if min(height, width) >> (octaves - 1) < 2:
+            raise ValueError(
+                f"octaves={octaves}: an image of {height}x{width} pixels cannot be halved {octaves - 1} times"
+            )
+        self.pixels = pixels
+        self.plain = octaves == 1 and not chroma
+        channels = pixels.shape[1]
+        self.colours = (opponents(channels, chroma) if chroma else torch.eye(channels)).to(pixels.device)
+        self.enlarge = [
+            tuple(interpolation(-(-side >> octave), side).to(pixels.device) for side in (height, width))
+            for octave in range(octaves)
+        ]
+        sizes = [(rows.shape[1], columns.shape[1]) for rows, columns in self.enlarge]
+        self.parts = [pixels] if self.plain else [pixels.new_zeros(*pixels.shape[:2], *s) for s in sizes]
+        self.shares = [0.5 ** (octaves - 1 - octave) for octave in range(octaves)]
+        self.adam = torch.optim.Adam([{"params": [part]} for part in self.parts], betas=betas)
+
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """One step of Adam against `gradient`, that of the pixels."""
+        for group, share in zip(self.adam.param_groups, self.shares, strict=True):
+            group["lr"] = rate * share
+        if self.plain:
+            self.pixels.grad = gradient
+            self.adam.step()
+            self.pixels.grad = None
+            return
+        gradient = torch.einsum("oc,nchw->nohw", self.colours, gradient)
+        for part, (rows, columns) in zip(self.parts, self.enlarge, strict=True):
+            part.grad = rows.T @ gradient @ columns
+            part.zero_()  # Adam does not look at where it is: a part can hold its last step alone
+        self.adam.step()
+        change = sum(r @ part @ c.T for part, (r, c) in zip(self.parts, self.enlarge, strict=True))
+        self.pixels += torch.einsum("oc,nohw->nchw", self.colours, change)
+
+
+def interpolation(small: int, size: int) -> Tensor:
+    """(size, small): linear interpolation of `small` samples to `size`; the identity where they are equal.
+
+    A matrix, so that the gradient's way back is its transpose: exact, and in one order on every device.
+    """
+    columns = F.interpolate(torch.eye(small)[None], size=size, mode="linear", align_corners=False)
+    return columns[0].T.contiguous()
+
+
+def opponents(channels: int, chroma: float) -> Tensor:
+    """(C, C): an orthonormal basis of the channels, their mean first, the differences scaled by `chroma`.
+
+    For red, green and blue the differences are red - green, and red + green - 2 blue.
+    """
+    basis = torch.zeros(channels, channels)
+    basis[0] = channels**-0.5
+    for number in range(1, channels):
+        basis[number, :number] = 1.0
+        basis[number, number] = -float(number)
+        basis[number] *= chroma / basis[number].norm()
+    return basis
