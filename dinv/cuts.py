@@ -7,7 +7,6 @@ a table make the same updates.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from dinv import chapters, distillation, gallery, latency, pruning, rows
 from dinv.datasets import Dataset, load_dataset
-from dinv.inversion import balanced_labels
 from dinv.latency import LatencyTable, Layer
 from dinv.metrics import accuracy
 from dinv.models import Classifier
@@ -53,10 +51,7 @@ def of_imagenet(run: Run, row: str, teacher: Classifier) -> Tensor:
     chosen = run.profile
     if row == "noise":
         return rows.noise(teacher, chosen.pruning.images, 0)
-    wanted = balanced_labels(chosen.pruning.images, len(teacher.classes))
-    batch = math.gcd(len(wanted), 64)  # whole batches, of as many large images as a card holds
-    terms = gallery.objective(chosen, row)
-    return gallery.made(run, f"{row}-pruning", teacher, wanted, terms, batch=batch)[0].images
+    return gallery.many(run, row, teacher, chosen.pruning.images)[0].images
 
 
 def hours_of_imagenet(run: Run, network: Classifier, rate: float) -> tuple[float, float]:

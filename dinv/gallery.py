@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from dinv import chapters
 from dinv.datasets import Dataset, load_dataset
-from dinv.inversion import InversionSettings
+from dinv.inversion import InversionSettings, balanced_labels
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
 from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
 from dinv.pool import Pool
 from dinv.profiles import Profile
 from dinv.runs import Result, Run
+from dinv.step import forward_flops, inversion_flops
 
 OPTIMISER = ("stages", "rate", "octaves", "chroma", "betas", "schedule", "jitter", "flip")
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
@@ -125,6 +127,47 @@ def made(
     )  # fmt: skip
 
 
+def many(run: Run, row: str, teacher: Classifier, count: int) -> tuple[Pool, Result]:
+    """`count` images of all the teacher's classes, in batches of what a card holds: a cached stage."""
+    wanted = balanced_labels(count, len(teacher.classes))
+    batch = math.gcd(count, 64)
+    return made(run, f"{row}-{count}", teacher, wanted, objective(run.profile, row), batch=batch)
+
+
+def transferred(run: Run, teacher: Classifier, images: Tensor) -> tuple[Classifier, Result]:
+    """A network of the teacher's kind with fresh weights, distilled on inverted images alone: Table 6.
+
+    So many epochs as the profile says; `images` are uint8 (N, C, H, W).
+    """
+    batch = min(run.profile.distillation.batch, len(images))
+    settings = chapters.distillation_settings(
+        run.profile, rounds=run.profile.imagenet.epochs, updates=-(-len(images) // batch), batch=batch
+    )
+    name = f"{teacher.name}-transferred"
+    return chapters.student(run, name, teacher, teacher.name, images, settings=settings)
+
+
+def work_of_transfer(profile: Profile, teacher: Classifier) -> tuple[float, float]:
+    """Floating-point operations of Table 6 by the profile's numbers: (synthesis, distillation).
+
+    An update is one pass through the teacher, and three for the student's gradients.
+    """
+    chosen = profile.imagenet
+    healing = 4.0 * chosen.epochs * chosen.transfer * forward_flops(teacher)
+    return chosen.transfer * inversion_flops(teacher, chosen.stages), healing
+
+
+def test_set(run: Run, model: Classifier, count: int = 5000) -> Dataset | None:
+    """Real images to test a network of the gallery on: `count` of the user's folder, None without one.
+
+    For a small network those of the profile's data set.
+    """
+    profile = run.profile
+    if model.size < 64:
+        return load_dataset(profile.dataset, "test")
+    return of_folder(profile.imagenet.folder, model, count) if profile.imagenet.folder else None
+
+
 def photographs(run: Run, model: Classifier) -> tuple[Tensor, list[str]]:
     """Real images to try a network on, uint8 at its size, and what they show.
 
@@ -169,7 +212,8 @@ def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
     images, numbers = [], []
     for index in drawn:
         image, number = data[index]
-        image = center_crop(resize(image.convert("RGB"), round(model.size * 256 / 224)), [model.size] * 2)
+        image = image.convert("RGB" if model.channels == 3 else "L")
+        image = center_crop(resize(image, round(model.size * 256 / 224)), [model.size] * 2)
         images.append(pil_to_tensor(image))
         numbers.append(number)
     return Dataset("imagenet", "test", torch.stack(images), torch.tensor(numbers), model.classes)

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dinv import chapters, gallery, metrics
+from dinv.datasets import load_dataset
 from dinv.models import WeightsUnavailable, load_model, resized
 from dinv.objectives import FeatureStatistics
 from dinv.profiles import load_profile
 from dinv.reproduce import cli
+from dinv.step import forward_flops
 
 SHORT = {"imagenet.stages": ((2, 4), (3, 8)), "imagenet.compare": ((2, 8),)}
 
@@ -173,3 +175,34 @@ def test_a_folder_of_imagenet_is_a_setting_and_nothing_else(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.parse(["--imagenet", str(tmp_path / "nowhere")])
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_fresh_network_is_taught_on_inverted_images_and_tested_on_real_ones(run):
+    teacher = gallery.network(run, ["resnet_digits"])
+    pool, _ = gallery.many(run, "deepinversion", teacher, 24)
+    assert torch.equal(pool.labels, torch.arange(24) % 10)
+    fresh, result = gallery.transferred(run, teacher, pool.images)
+    assert fresh.name == teacher.name and len(result.meta["history"]) == run.profile.imagenet.epochs
+    assert gallery.transferred(run, teacher, pool.images)[1].cached
+    assert chapters.digest(fresh) != chapters.digest(teacher)
+    assert len(gallery.test_set(run, teacher)) == len(load_dataset("digits", "test"))
+
+
+def test_large_networks_are_tested_on_the_users_folder_or_not_at_all(run, tmp_path, tiny, monkeypatch):
+    large = tiny(0, size=64)
+    assert gallery.test_set(run, large) is None
+    for number in range(5):
+        folder = tmp_path / "photographs" / f"n{number}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (70, 70), (number, 0, 0)).save(folder / "0.png")
+    monkeypatch.setattr(run, "profile", load_profile("smoke", {"imagenet.folder": str(folder.parent)}))
+    found = gallery.test_set(run, large, count=4)
+    assert found.images.shape == (4, 3, 64, 64) and found.classes == large.classes
+
+
+def test_what_table_6_costs_follows_the_papers_numbers(run):
+    teacher, paper = gallery.network(run, ["resnet_digits"]), load_profile("paper")
+    synthesis, distillation = gallery.work_of_transfer(paper, teacher)
+    area = 2000 * (112 / 8) ** 2 + 1000 * (224 / 8) ** 2
+    assert synthesis == pytest.approx(140_000 * 2 * forward_flops(teacher) * area)
+    assert distillation == pytest.approx(140_000 * 90 * 4 * forward_flops(teacher))

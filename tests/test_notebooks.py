@@ -2,6 +2,7 @@
 
 import ast
 import json
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -37,6 +38,21 @@ def test_one_parameters_cell_of_plain_literals(notebook):
         assert isinstance(statement, ast.Assign)
         names[statement.targets[0].id] = ast.literal_eval(statement.value)
     assert names == {"profile": "auto", "seeds": 0, "overrides": {}}
+
+
+def test_what_a_notebook_takes_from_a_module_is_there(notebook):
+    """In branches as well that no committed run enters: those for a user's folder of photographs."""
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(notebook)))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "dinv":
+            names = [name.name for name in node.names]
+            taken = {name: getattr(__import__("dinv", fromlist=names), name) for name in names}
+            modules |= {name: found for name, found in taken.items() if isinstance(found, ModuleType)}
+    asked = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    asked = [(n.value.id, n.attr) for n in asked if n.value.id in modules]
+    missing = [f"{module}.{name}" for module, name in asked if not hasattr(modules[module], name)]
+    assert modules and not missing
 
 
 def test_at_least_four_checked_cells_none_empty(notebook):

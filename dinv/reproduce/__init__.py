@@ -208,8 +208,9 @@ def reproduce(chosen: Namespace, argv: list[str]) -> int:
     if status != OK:
         return status
     report = write_report(todo.folder, [path.stem for path in todo.notebooks])
-    if chosen.in_place:
-        update_readme(cli.NOTEBOOKS.parent / "README.md", figures_root())
+    readme = cli.NOTEBOOKS.parent / "README.md"
+    if chosen.in_place and figures_root() == readme.parent / "figures":  # the README shows its own figures
+        update_readme(readme, figures_root())
     show_results(todo)
     print(f"\nAll done in {duration(time.time() - started)}. Report: {shown(report)}")
     return OK
