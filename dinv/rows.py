@@ -88,22 +88,24 @@ def work(profile: Profile, row: str, teacher: Classifier, student: Classifier) -
 def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Tensor, Source, float]:
     """A data-free row's images before the first round, its source, and what the former took in seconds."""
     profile, first, batch = run.profile, run.profile.distillation.first, run.profile.inversion.batch
-    if row == "noise":
-        made = noise(teacher, image_count(profile), seed)
-        return made[:first], Later(ReadySource(made[first:], batch), ALONE), 0.0
     if row == "generator":
         chosen = profile.generator
         settings = chapters.generator_settings(profile)
         options = {"batch": chosen.images, "competition": chosen.competition, "warmup": chosen.warmup}
         source = GeneratorSource(teacher, objective(profile, row), settings, seed=seed, **options)
         return noise(teacher, 0, seed), source, 0.0
-    made, result = pool(run, "deepinversion" if row == "adi" else row, teacher, seed)
-    if row == "adi":  # begins with the same images as DeepInversion, goes on against the student
+    if row == "noise":
+        images, seconds = noise(teacher, image_count(profile), seed), 0.0
+    else:  # adaptive images begin with those of DeepInversion
+        made, result = pool(run, "deepinversion" if row == "adi" else row, teacher, seed)
+        images, seconds = made.images, result.seconds
+    source = ReadySource(images[first:], batch)
+    if row == "adi":  # and go on against the student
         settings = inversion_settings(profile)
         options = {"batch": batch, "first": first // batch, "competition": profile.distillation.competition}
         source = PixelSource(teacher, objective(profile, "deepinversion"), settings, seed=seed, **options)
-        return made.images[:first], Later(source, ALONE), result.seconds * first / len(made)
-    return made.images[:first], Later(ReadySource(made.images[first:], batch), ALONE), result.seconds
+        seconds *= first / len(images)
+    return images[:first], Later(source, ALONE), seconds
 
 
 def real_images(run: Run, row: str, seed: int) -> Tensor:
