@@ -79,7 +79,7 @@ def test_chroma_slows_colour_and_leaves_brightness():
 
 def test_more_octaves_than_halvings_are_refused():
     Descent(noise(1, 3, 8, 8), BETAS, octaves=3)
-    with pytest.raises(ValueError, match="octaves=4: an image of 8 pixels cannot be halved 3 times"):
+    with pytest.raises(ValueError, match="octaves=4: an image of 8x8 pixels cannot be halved 3 times"):
         Descent(noise(1, 3, 8, 8), BETAS, octaves=4)
     for bad in ({"octaves": 0}, {"chroma": -1.0}):
         with pytest.raises(ValueError, match="octaves=.* must be positive, chroma=.* not negative"):
