@@ -299,7 +299,10 @@ def settings_table(profile: Profile, *parts: str) -> pd.DataFrame:
 
 
 def show(run: Run, name: str, figure: Figure) -> Image:
-    """Keep a figure as `figures/<profile>/<name>.png` and return it for display."""
+    """Keep a figure as `figures/<profile>/<name>.png` and return it for display.
+
+    What is displayed lies in the notebook: as JPEG where that is smaller, as it is for images of grain.
+    """
     data = figures.png(figure)
     (run.folder / f"{name}.png").write_bytes(data)
-    return Image(data=data, format="png")
+    return Image(data=min(data, figures.jpeg(data), key=len))

@@ -22,7 +22,7 @@ from dinv.models import Classifier
 from dinv.pruning import Pruned
 from dinv.runs import Run
 from dinv.runs.machine import device_name
-from dinv.step import forward_flops, inversion_flops
+from dinv.step import distillation_flops, inversion_flops
 from dinv.store import sha256_tensors, stored, under
 
 DATA_FREE = ("noise", "deepdream", "deepinversion", "adi")
@@ -58,8 +58,7 @@ def hours_of_imagenet(run: Run, network: Classifier, rate: float) -> tuple[float
     """What a row of that kind takes: (its images, and then one cell), at `rate` operations a second."""
     chosen = run.profile.pruning
     synthesis = chosen.images * inversion_flops(network, run.profile.imagenet.stages)
-    passes = 4.0  # one through the teacher, three for the student's gradients
-    healing = passes * chosen.updates * chosen.batch * forward_flops(network)
+    healing = chosen.updates * chosen.batch * distillation_flops(network, network)
     return synthesis / rate / 3600, healing / rate / 3600
 
 

@@ -39,14 +39,14 @@ class Descent:
             )
         self.pixels = pixels
         self.plain = octaves == 1 and not chroma
-        channels = pixels.shape[1]
-        self.colours = (opponents(channels, chroma) if chroma else torch.eye(channels)).to(pixels.device)
-        self.enlarge = [
-            tuple(interpolation(-(-side >> octave), side).to(pixels.device) for side in (height, width))
-            for octave in range(octaves)
-        ]
-        sizes = [(rows.shape[1], columns.shape[1]) for rows, columns in self.enlarge]
-        self.parts = [pixels] if self.plain else [pixels.new_zeros(*pixels.shape[:2], *s) for s in sizes]
+        self.colours = opponents(pixels.shape[1], chroma).to(pixels.device) if chroma else None
+        self.finest = pixels if self.plain else torch.zeros_like(pixels)
+        self.coarser = []
+        for octave in range(1, octaves):
+            pair = [interpolation(-(-side >> octave), side).to(pixels.device) for side in (height, width)]
+            small = pixels.new_zeros(*pixels.shape[:2], *(matrix.shape[1] for matrix in pair))
+            self.coarser.append((small, *pair))
+        self.parts = [self.finest, *(small for small, _, _ in self.coarser)]
         self.shares = [0.5 ** (octaves - 1 - octave) for octave in range(octaves)]
         self.adam = torch.optim.Adam([{"params": [part]} for part in self.parts], betas=betas)
 
@@ -59,13 +59,19 @@ class Descent:
             self.adam.step()
             self.pixels.grad = None
             return
-        gradient = torch.einsum("oc,nchw->nohw", self.colours, gradient)
-        for part, (rows, columns) in zip(self.parts, self.enlarge, strict=True):
-            part.grad = rows.T @ gradient @ columns
+        if self.colours is not None:
+            gradient = torch.einsum("oc,nchw->nohw", self.colours, gradient)
+        self.finest.grad = gradient
+        for small, rows, columns in self.coarser:
+            small.grad = rows.T @ gradient @ columns
+        for part in self.parts:
             part.zero_()  # Adam does not look at where it is: a part can hold its last step alone
         self.adam.step()
-        change = sum(r @ part @ c.T for part, (r, c) in zip(self.parts, self.enlarge, strict=True))
-        self.pixels += torch.einsum("oc,nohw->nchw", self.colours, change)
+        enlarged = (rows @ small @ columns.T for small, rows, columns in self.coarser)
+        change = sum(enlarged, start=self.finest)
+        if self.colours is not None:
+            change = torch.einsum("oc,nohw->nchw", self.colours, change)
+        self.pixels += change
 
 
 def interpolation(small: int, size: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor
 
 COLORS = {
@@ -357,6 +358,13 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+    return buffer.getvalue()
+
+
+def jpeg(data: bytes, quality: int = 88) -> bytes:
+    """The same figure as JPEG: a third of the bytes of a PNG of photographs, and more than one of lines."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").save(buffer, format="jpeg", quality=quality)
     return buffer.getvalue()
 
 

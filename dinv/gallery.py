@@ -24,7 +24,7 @@ from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, L2Norm
 from dinv.pool import Pool
 from dinv.profiles import Profile
 from dinv.runs import Result, Run
-from dinv.step import forward_flops, inversion_flops
+from dinv.step import distillation_flops, inversion_flops
 
 OPTIMISER = ("stages", "rate", "octaves", "chroma", "betas", "schedule", "jitter", "flip")
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
@@ -148,13 +148,10 @@ def transferred(run: Run, teacher: Classifier, images: Tensor) -> tuple[Classifi
 
 
 def work_of_transfer(profile: Profile, teacher: Classifier) -> tuple[float, float]:
-    """Floating-point operations of Table 6 by the profile's numbers: (synthesis, distillation).
-
-    An update is one pass through the teacher, and three for the student's gradients.
-    """
+    """Floating-point operations of Table 6 by the profile's numbers: (synthesis, distillation)."""
     chosen = profile.imagenet
-    healing = 4.0 * chosen.epochs * chosen.transfer * forward_flops(teacher)
-    return chosen.transfer * inversion_flops(teacher, chosen.stages), healing
+    synthesis = chosen.transfer * inversion_flops(teacher, chosen.stages)
+    return synthesis, chosen.epochs * chosen.transfer * distillation_flops(teacher, teacher)
 
 
 def test_set(run: Run, model: Classifier, count: int = 5000) -> Dataset | None:
@@ -174,15 +171,13 @@ def photographs(run: Run, model: Classifier) -> tuple[Tensor, list[str]]:
     The user's folder where there is one, else scikit-learn's two photographs; for a small network the
     first test image of every class.
     """
-    profile = run.profile
+    data = test_set(run, model, count=1000)
+    if data is None:
+        return torch.cat([photograph(file, model.size) for file in PHOTOGRAPHS]), list(PHOTOGRAPHS.values())
     if model.size < 64:
-        data = load_dataset(profile.dataset, "test")
         firsts = [int((data.labels == number).nonzero()[0]) for number in range(len(data.classes))]
         return data.images[firsts], list(data.classes)
-    if profile.imagenet.folder:
-        data = of_folder(profile.imagenet.folder, model, count=1000)
-        return data.images, [data.classes[number] for number in data.labels]
-    return torch.cat([photograph(file, model.size) for file in PHOTOGRAPHS]), list(PHOTOGRAPHS.values())
+    return data.images, [data.classes[number] for number in data.labels]
 
 
 def photograph(file: str, size: int) -> Tensor:

@@ -23,7 +23,7 @@ from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, 
 from dinv.pool import Pool, to_uint8
 from dinv.profiles import Profile
 from dinv.runs import Result, Run
-from dinv.step import forward_flops
+from dinv.step import distillation_flops, inversion_flops
 
 DATA_FREE = ("noise", "deepdream", "deepinversion", "adi", "generator")
 CEILINGS = ("1 % real", "all real")  # no part of the method: the same loop on real images
@@ -70,19 +70,15 @@ def noise(teacher: Classifier, count: int, seed: int) -> Tensor:
 def work(profile: Profile, row: str, teacher: Classifier, student: Classifier) -> tuple[float, float]:
     """Floating-point operations of a row, the generator's apart: (synthesis, distillation).
 
-    Forward, and the same again for a gradient at the pixels; an update of the student is forward through
-    both, and twice the student's forward for its gradients. What a profile costs is this over a rate.
+    What a profile costs is this over a rate. See `step.inversion_flops` and `step.distillation_flops`.
     """
-    chosen, passes = profile.distillation, [forward_flops(network) for network in (teacher, student)]
-    plan = inversion_settings(profile).plan(teacher.size)
-    steps = sum(number * (size / teacher.size) ** 2 for number, size in plan)  # at the teacher's own size
+    chosen, plan = profile.distillation, inversion_settings(profile).plan(teacher.size)
     synthesis = 0.0
     if row in ("deepdream", "deepinversion", "adi"):
-        synthesis = 2.0 * passes[0] * steps * image_count(profile)
+        synthesis = inversion_flops(teacher, plan) * image_count(profile)
     if row == "adi":
-        synthesis += 2.0 * passes[1] * steps * (chosen.rounds - ALONE) * profile.inversion.batch
-    updated = chosen.rounds * chosen.updates * chosen.batch
-    return synthesis, float(updated * (passes[0] + 3 * passes[1]))
+        synthesis += inversion_flops(student, plan) * (chosen.rounds - ALONE) * profile.inversion.batch
+    return synthesis, distillation_flops(teacher, student) * chosen.rounds * chosen.updates * chosen.batch
 
 
 def images_of(run: Run, row: str, teacher: Classifier, seed: int) -> tuple[Tensor, Source, float]:

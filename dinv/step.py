@@ -204,6 +204,14 @@ def inversion_flops(teacher: Classifier, plan: tuple[tuple[int, int], ...]) -> f
     return 2.0 * forward_flops(teacher) * area
 
 
+def distillation_flops(teacher: Classifier, student: Classifier) -> float:
+    """Floating-point operations of one image in an update of the student.
+
+    Forward through both, and twice the student's forward for its gradients.
+    """
+    return float(forward_flops(teacher) + 3 * forward_flops(student))
+
+
 def forward_flops(network: Classifier) -> int:
     """Floating-point operations of one image's way through `network`; a backward pass costs as many again."""
     net = copy.deepcopy(network.net).eval()  # in training mode a forward pass would change BatchNorm

@@ -91,6 +91,14 @@ def test_png_is_the_same_bytes_twice():
     assert make() == make() and make().startswith(b"\x89PNG")
 
 
+def test_a_photograph_is_smaller_as_jpeg_and_a_line_as_png():
+    noise = torch.randint(256, (4, 3, 224, 224), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    grain = figures.png(figures.named_images(noise, "abcd"))
+    lines = figures.png(figures.curve([0, 1, 10], {"a": [1, 2, 3]}, "x", "y"))
+    assert figures.jpeg(grain).startswith(b"\xff\xd8") and len(figures.jpeg(grain)) < len(grain) / 2
+    assert len(figures.jpeg(lines)) > len(lines)
+
+
 def test_progress_has_a_panel_a_method_with_both_lines():
     history = [(1, 20.0, 10.0), (2, 50.0, 30.0)]
     figure = figures.progress({"adi": history, "generator": history[:1]})

@@ -169,6 +169,17 @@ def test_the_readme_is_regenerated_in_place(whole):
     ).read_text()
 
 
+def test_figures_elsewhere_leave_the_readme_alone(whole, monkeypatch):
+    readme = whole[0] / "README.md"
+    monkeypatch.setenv("DINV_FIGURES", str(whole[0] / "other"))
+    before = readme.read_text()
+    readme.write_text(f"# T\n{README_BEGIN}\n{README_END}\n")
+    status, _, _ = command("--profile", "smoke", "--only", "01", "--in-place")
+    assert status == 0 and (whole[0] / "other" / "smoke" / "report.md").is_file()
+    assert readme.read_text() == f"# T\n{README_BEGIN}\n{README_END}\n"
+    readme.write_text(before)
+
+
 def test_list_tells_what_is_cached(whole, monkeypatch):
     status, out, _ = command("--profile", "smoke", "--list")
     assert status == 0 and "00_plain: not run yet" in out
