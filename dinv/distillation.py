@@ -45,6 +45,7 @@ class DistillationSettings:
         rate, warmup, schedule, decay: SGD with Nesterov momentum 0.9, as in `training.TrainingSettings`.
         temperature: of the softened outputs (paper: 3).
         pad, flip: random crops and mirror images, as in training.
+        mix: blend every image with another one of its batch, see `mixed`.
         compile: "always" compiles the update, "never" leaves it.
     """
 
@@ -58,6 +59,7 @@ class DistillationSettings:
     temperature: float = 3.0
     pad: int = 4
     flip: bool = True
+    mix: bool = False
     compile: str = "always"
 
     def __post_init__(self) -> None:
@@ -362,7 +364,20 @@ def _batches(
     drawn = torch.randint(len(pool), (count,), generator=generator)
     for picked in torch.cat([fresh, drawn])[:count].split(size):
         batch = augment(pool[picked.to(pool.device)], generator, pad=settings.pad, flip=settings.flip)
-        yield batch.float().div_(255).contiguous(memory_format=torch.channels_last)
+        batch = batch.float().div_(255)
+        if settings.mix:
+            batch = mixed(batch, generator)
+        yield batch.contiguous(memory_format=torch.channels_last)
+
+
+def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image (N, C, H, W) blended with the one before it, in shares of its own, uniform in [0, 1).
+
+    Mixup (Zhang et al., 2018) without labels: the teacher says what a blend is (Beyer et al., *Knowledge
+    distillation: A good teacher is patient and consistent*, 2022). A small pool becomes a large one.
+    """
+    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device).to(images.device)
+    return torch.lerp(images, images.roll(1, 0), share)
 
 
 def _state(

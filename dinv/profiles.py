@@ -80,6 +80,7 @@ class Distillation:
     rate: float = 0.1
     schedule: str = "steps"  # a tenth after every 100 epochs
     temperature: float = 3.0
+    mix: bool = False  # blends of two images, see `distillation.mixed`; ours
     competition: float = 10.0  # [M]
     # The images of a student; notebooks 01 and 02 keep to one size and the paper's weight.
     stages: tuple[tuple[int, int], ...] = ((2000, 32),)  # (steps, size) of an inversion, from coarse to fine
@@ -95,6 +96,7 @@ class Generator:
 
     rounds: int = 975
     updates: int = 50
+    mix: bool = False
     images: int = 256  # a round
     steps: int = 10
     rate: float = 2e-3
@@ -248,10 +250,11 @@ CPU = replace(
         pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"),
         first=1024,
         rounds=7,
-        updates=60,
+        updates=120,
         batch=128,
         rate=0.2,
         schedule="linear",
+        mix=True,  # a few images have to last for many updates
         competition=1.0,  # the paper's ratio to the feature statistics
         # At one size, 160 steps leave the noise of the start where the teacher does not look: 43 % of an
         # image's energy lie above 0.35 cycles a pixel, of a real one's 3 %. Coarse to fine and with more

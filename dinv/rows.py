@@ -155,7 +155,7 @@ def distilled(run: Run, row: str, pair: str, seed: int = 0, **changes: Any) -> C
         images, source, before = images_of(run, row, teacher, seed)
     if row == "generator":
         every = profile.generator.every
-        changes = {"rounds": profile.generator.rounds, "updates": profile.generator.updates} | changes
+        changes = {name: getattr(profile.generator, name) for name in ("rounds", "updates", "mix")} | changes
     test_set = load_dataset(profile.dataset, "test", chapters.device())
 
     def watch(number: int, student: Classifier) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Distillation: its loss, its loop, resumption to the same bytes, and what it refuses."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dinv.distillation import (
     ReadySource,
     distill,
     distillation_loss,
+    mixed,
     seconds,
 )
 from dinv.generator import GeneratorSettings, GeneratorSource
@@ -112,6 +114,30 @@ def test_the_teacher_is_left_as_it_was(tiny, portrait):
         teacher, tiny(1), some_images(), SETTINGS, generator(), source=pixel_source(teacher, competition=1.0)
     )
     assert portrait(teacher) == before
+
+
+def test_blends_of_two_images():
+    images = torch.rand(64, 3, 4, 4, generator=generator())
+    blends = mixed(images, generator(1))
+    again, other = mixed(images, generator(1)), mixed(images, generator(2))
+    assert torch.equal(blends, again) and not torch.equal(blends, other)
+    before = images.roll(1, 0)
+    shares = (blends - images).flatten(1).norm(dim=1) / (before - images).flatten(1).norm(dim=1)
+    assert 0 <= shares.min() < 0.1 and 0.9 < shares.max() <= 1
+    assert len(shares.unique()) == len(images)  # one for every image, and for all its pixels:
+    one = shares.view(-1, 1, 1, 1)
+    torch.testing.assert_close(blends, images * (1 - one) + before * one)
+
+
+def test_blends_are_made_of_what_a_lesson_has_drawn(tiny, monkeypatch):
+    teacher, settings, seen = tiny(0).freeze(), replace(SETTINGS, mix=True), []
+    monkeypatch.setattr("dinv.distillation.mixed", lambda images, _: seen.append(images.clone()) or images)
+    plain, blended = tiny(1), tiny(1)
+    distill(teacher, plain, some_images(), SETTINGS, generator())
+    assert not seen
+    distill(teacher, blended, some_images(), settings, generator())
+    assert len(seen) == settings.rounds * settings.updates and equal(state(plain), state(blended))
+    assert seen[0].dtype == torch.float32 and seen[0].min() >= 0 and seen[0].max() <= 1
 
 
 def test_new_batches_are_merged_and_used_at_once(tiny, monkeypatch):
@@ -270,8 +296,9 @@ def stage() -> Result:
         source = pixel_source(teacher, competition=5.0)
         first = some_images(16)[:, : teacher.channels]
         found = distill(
-            teacher, student, first, SETTINGS, generator(), source=source, checkpoint=checkpoint
-        )
+            teacher, student, first, replace(SETTINGS, mix=True), generator(), source=source,
+            checkpoint=checkpoint,
+        )  # fmt: skip
         return student.state_dict() | {"made": found.images}, {"losses": [r["loss"] for r in found.history]}
 
     return Run("02_example", load_profile("smoke")).stage("student", "x", {}, make)
