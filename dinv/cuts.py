@@ -123,7 +123,8 @@ def cut(
     seen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
     settings = chapters.distillation_settings(
         run.profile, rounds=1, updates=max(1, updates), batch=chosen.batch, rate=chosen.rate,
-        schedule="linear", mix=False, compile="never",  # no two networks have the same shape
+        schedule="linear", mix=False,  # its settings are its own: those of a fresh student are other ones
+        compile="never",  # no two networks have the same shape
     )  # fmt: skip
     config = {
         "options": options, "step": chosen.step, "seed": seed, "count": count, "updates": updates,

@@ -96,7 +96,7 @@ class Generator:
 
     rounds: int = 975
     updates: int = 50
-    mix: bool = False
+    mix: bool = False  # its pool is renewed all the time
     images: int = 256  # a round
     steps: int = 10
     rate: float = 2e-3
