@@ -80,6 +80,13 @@ def labels(teacher: Classifier, names: Sequence[str], each: int = 1) -> Tensor:
     return torch.tensor(numbers).repeat(each)
 
 
+def drawn(teacher: Classifier, count: int, apart_from: Sequence[str] = (), seed: int = 0) -> list[str]:
+    """`count` of the teacher's classes at random, none of `apart_from`; all where these are fewer."""
+    order = torch.randperm(len(teacher.classes), generator=torch.Generator().manual_seed(seed)).tolist()
+    names = [teacher.classes[number] for number in order]
+    return [name for name in names if name not in apart_from][:count]
+
+
 def objective(profile: Profile, row: str) -> Objective:
     """What "deepdream" or "deepinversion" minimises; "deepinversion, l2" has the paper's plain distance."""
     chosen = profile.imagenet
@@ -93,7 +100,7 @@ def objective(profile: Profile, row: str) -> Objective:
 def settings(profile: Profile, **changes: Any) -> InversionSettings:
     """The profile's optimiser of the pixels, with `changes`."""
     chosen = {name: getattr(profile.imagenet, name) for name in OPTIMISER}
-    return InversionSettings(**{**chosen, "compile": profile.inversion.compile, **changes})
+    return InversionSettings(**{**chosen, **changes})
 
 
 def made(

@@ -43,7 +43,7 @@ class InversionSettings:
         stages: multi-resolution schedule, pairs (steps, size) from coarse to fine; with it `steps` is
             not used. Between stages the images are resized, and Adam and the schedule start anew.
         keep: "best", the images of the smallest objective seen, or "last".
-        compile: "auto" compiles where it pays, "always" or "never".
+        compile: "auto" compiles where it pays (see `step.compiling_pays`), "always" or "never".
     """
 
     steps: int = 2000

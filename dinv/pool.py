@@ -102,7 +102,7 @@ def synthesize(
     if batch < 1 or len(labels) % batch:
         raise ValueError(f"{len(labels)} images cannot be made in whole batches of {batch}")
     if settings.compile == "auto":
-        pays = compiling_pays(teacher, settings, images=len(labels))
+        pays = compiling_pays(teacher, objective, settings, images=len(labels))
         settings = replace(settings, compile="always" if pays else "never")
     done: list[Tensor] = []
     losses, taken, terms = torch.zeros(0, 0), torch.zeros(0, dtype=torch.uint8), ()

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinv.features import moments, watch
 from dinv.models import Classifier, autocast, structure
-from dinv.objectives import Objective, View
+from dinv.objectives import Objective, Term, View
 
 if TYPE_CHECKING:
     from dinv.inversion import InversionSettings
 
-# Compiling costs 20 to 40 s on a CPU and saves about half of an eager step, which runs at some
+# Compiling costs 20 to 60 s a size on a CPU and saves about half of an eager step, which runs at some
 # 60 GFLOP/s on two cores. A rule of arithmetic, not of measured time: equal calls take equal paths.
 WORTH_COMPILING = 6e12
 
@@ -177,7 +177,7 @@ def inversion_step(
         return PartsStep(inversion_step(teacher, objective, settings, at_once), at_once)
     objective = objective.bind(teacher)
     pays = settings.compile == "always" or (
-        settings.compile == "auto" and compiling_pays(teacher, settings, batch)
+        settings.compile == "auto" and compiling_pays(teacher, objective, settings, batch)
     )
     if not (pays and compiler_available(teacher.mean.device)):
         return Step(teacher, objective, compiled=False)
@@ -190,12 +190,19 @@ def inversion_step(
     return steps[key].refresh(teacher, objective)
 
 
-def compiling_pays(teacher: Classifier, settings: InversionSettings, images: int) -> bool:
-    """Whether `images` images are work enough to compile for."""
+def compiling_pays(
+    teacher: Classifier, objective: Objective | Term, settings: InversionSettings, images: int
+) -> bool:
+    """Whether `images` images are work enough to compile for.
+
+    On a CPU it makes the reading of statistics cheap, and nothing else: a step that reads none is as
+    fast plain, or faster, up to twice as fast (benchmarks/compiling.py).
+    """
     plan = settings.plan(teacher.size)
     if teacher.mean.is_cuda:
         return sum(steps for steps, _ in plan) >= 200
-    return images * inversion_flops(teacher, plan) > WORTH_COMPILING
+    reads = bool(objective.bind(teacher).layers())
+    return reads and images * inversion_flops(teacher, plan) > WORTH_COMPILING
 
 
 def inversion_flops(teacher: Classifier, plan: tuple[tuple[int, int], ...]) -> float:

@@ -50,6 +50,15 @@ def test_classes_by_name(run):
         gallery.labels(teacher, ["77"])
 
 
+def test_classes_at_random_and_apart_from_others(run):
+    teacher = gallery.network(run, ["resnet_digits"])
+    drawn = gallery.drawn(teacher, 3, apart_from=("0", "1", "2"), seed=1)
+    assert drawn == gallery.drawn(teacher, 3, apart_from=("0", "1", "2"), seed=1)
+    assert len(set(drawn)) == 3 and set(drawn) <= set("3456789")
+    assert gallery.drawn(teacher, 10, seed=1) != gallery.drawn(teacher, 10, seed=2)
+    assert sorted(gallery.drawn(teacher, 9, apart_from=tuple("012345"))) == list("6789")  # all there are
+
+
 def test_rows_share_the_prior_and_differ_by_the_statistics():
     profile = load_profile("cpu")
     rows = ("deepdream", "deepinversion", "deepinversion, l2")

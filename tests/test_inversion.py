@@ -636,11 +636,12 @@ def test_without_a_compiler_the_plain_path_runs(tiny, monkeypatch):
     assert torch.equal(result.images, invert(teacher, LABELS, deep_inversion(), PLAIN).images)
 
 
-def test_auto_compiles_for_much_work_only(tiny, graphs, monkeypatch):
+def test_auto_compiles_for_much_work_with_statistics_only(tiny, graphs, monkeypatch):
     auto, teacher = replace(PLAIN, compile="auto"), tiny()
-    assert not invert(teacher, LABELS, CrossEntropy(), auto).compiled and not graphs
+    assert not invert(teacher, LABELS, deep_inversion(), auto).compiled and not graphs
     monkeypatch.setattr(step, "WORTH_COMPILING", 1.0)
-    assert invert(teacher, LABELS, CrossEntropy(), auto).compiled and len(graphs) == 1
+    assert not invert(teacher, LABELS, CrossEntropy(), auto).compiled and not graphs  # reads no statistics
+    assert invert(teacher, LABELS, deep_inversion(), auto).compiled and len(graphs) == 1
 
 
 def test_operations_of_an_inversion(tiny):

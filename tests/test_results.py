@@ -277,3 +277,11 @@ def test_an_overridden_profile_keeps_its_name(figures):
     run.finish()
     with open(figures / "smoke" / "results.csv", newline="") as file:
         assert next(csv.DictReader(file))["command"].endswith("--only 01 --seeds 9")
+
+
+def test_a_benchmark_is_not_reproduced_but_run(figures):
+    run = new_run("bench_inversion")
+    run.record("own", "a", "", "rate", [1.0])
+    run.finish()
+    (row,) = read_rows(figures / "smoke")
+    assert row["command"] == "./reproduce.sh bench"

@@ -89,7 +89,12 @@ def paper_number(row: Row) -> str:
 
 
 def command_line(chapter: str, profile) -> str:
-    """The line that regenerates a chapter with this profile, every changed setting included."""
+    """The line that regenerates a chapter with this profile, every changed setting included.
+
+    A chapter is a notebook's name, or "bench_" and the name of a benchmark.
+    """
+    if chapter.startswith("bench_"):
+        return "./reproduce.sh bench"
     words = ["./reproduce.sh", "--profile", profile.name]
     words += ["--only", re.match(r"\d*", chapter).group() or chapter]
     defaults = profiles.flat(profiles.load_profile(profile.name))

@@ -1,0 +1,89 @@
+"""What compiling a step gains, with statistics and without: the rule of `step.compiling_pays`, measured.
+
+    ./reproduce.sh bench
+
+The plain and the compiled step of one network and one objective take turns, and the medians are compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+
+import torch
+
+from dinv.chapters import device
+from dinv.inversion import InversionSettings
+from dinv.models import Classifier, WeightsUnavailable, create_model, load_model
+from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
+from dinv.profiles import load_profile
+from dinv.runs import Run
+from dinv.step import inversion_step
+
+CASES = {  # network -> (batch, size of the images, turns)
+    "smoke": {"resnet_digits": (64, 8, 5)},
+    "cpu": {
+        "resnet_small": (256, 32, 9),
+        "vgg_small": (128, 32, 9),
+        "package:efficientnet_lite0": (12, 112, 9),
+    },
+    "gpu": {"resnet_small": (256, 32, 30), "cifar_resnet34": (256, 32, 30)},
+}
+PRIOR = CrossEntropy() + 2.5e-5 * TotalVariation() + 3e-8 * L2Norm()
+OBJECTIVES = {"deepdream": PRIOR, "deepinversion": PRIOR + 1.0 * FeatureStatistics("kl")}
+
+
+def seconds(
+    teacher: Classifier, objective: Objective, batch: int, size: int, turns: int
+) -> list[list[float]]:
+    """Seconds of a plain step and of a compiled one, a pair a turn."""
+    shape, generator = (batch, teacher.channels, size, size), torch.Generator().manual_seed(0)
+    pixels = (
+        torch.randn(shape, generator=generator).to(device()).contiguous(memory_format=torch.channels_last)
+    )
+    labels = torch.arange(batch, device=device()) % len(teacher.classes)
+    steps = [
+        inversion_step(teacher, objective, InversionSettings(compile=how), batch)
+        for how in ("never", "always")
+    ]
+    weights = torch.tensor(steps[0].weights, device=device())
+    found: list[list[float]] = [[], []]
+    for turn in range(turns + 2):  # two to warm up, the first of them compiles
+        for step, taken in zip(steps, found, strict=True):
+            began = time.perf_counter()
+            step(pixels, labels, weights)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 2:
+                taken.append(time.perf_counter() - began)
+    return found
+
+
+def main() -> int:
+    profile = load_profile("auto")
+    run = Run("bench_compiling", profile)
+    print(f"{'network':28} {'objective':14} {'plain':>8} {'compiled':>9}   ratio: median (least to most)")
+    for name, (batch, size, turns) in CASES.get(profile.name, CASES["gpu"]).items():
+        try:
+            teacher = load_model(name) if ":" in name else create_model(name)
+        except WeightsUnavailable as reason:
+            print(f"no {name}: {reason}")
+            continue
+        for row, objective in OBJECTIVES.items():
+            pair = seconds(teacher.to(device()).freeze(), objective, batch, size, turns)
+            ratios = sorted(plain / fast for plain, fast in zip(*pair, strict=True))
+            ratio = statistics.median(ratios)
+            plain, fast = (1e3 * statistics.median(side) for side in pair)
+            print(
+                f"{name:28} {row:14} {plain:5.0f} ms {fast:6.0f} ms"
+                f"   {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                flush=True,
+            )
+            run.record("compiling", row, name, "a plain step over a compiled one", [ratio])
+    run.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
