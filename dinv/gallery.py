@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def made(
     """Images of the `wanted` classes: a cached stage.
 
     Args:
-        name: of the stage, and of the objective where `terms` are not given.
+        name: of the stage, and of the objective where `terms` are not given; any text.
         student: whom the images compete with, by the profile's weight.
         batch: images that share statistics; 0 is all of them.
         changes: settings of the optimiser other than the profile's.
@@ -127,8 +128,9 @@ def made(
     terms = objective(run.profile, name) if terms is None else terms
     if student is not None:
         terms = terms + run.profile.imagenet.competition * Competition(student)
+    stage = re.sub(r"[^\w.+=-]+", "-", f"{teacher.name}-{name}")  # what a stage may be called
     return chapters.pool(
-        run, f"{teacher.name}-{name}".replace(", ", "-").replace(" ", "-"), teacher, terms,
+        run, stage, teacher, terms,
         seed=seed, labels=wanted, batch=batch or len(wanted), settings=settings(run.profile, **changes),
         snapshots=snapshots, at_once=run.profile.imagenet.at_once,
     )  # fmt: skip

@@ -77,6 +77,8 @@ def test_a_gallery_is_a_stage_of_the_wanted_classes_at_the_teachers_size(run):
     assert pool.snapshots.shape == (4, 6, 1, 8, 8)  # the coarse ones enlarged
     assert not result.cached and cached.cached and torch.equal(pool.images, again.images)
     assert torch.equal(pool.snapshots[-1], pool.images) and not torch.equal(*pool.snapshots[:2])
+    terms = gallery.objective(run.profile, "deepinversion")
+    assert gallery.made(run, "jack-o'-lantern, ((2, 4),)", teacher, wanted, terms)[1].kind == "pool"
     student = gallery.network(run, ["vgg_digits"])
     rival, _ = gallery.made(run, "deepinversion", teacher, wanted, student=student)
     assert not torch.equal(rival.images, pool.images)
