@@ -196,7 +196,7 @@ def compiling_pays(
     """Whether `images` images are work enough to compile for.
 
     On a CPU it makes the reading of statistics cheap, and nothing else: a step that reads none is as
-    fast plain, or faster, up to twice as fast (benchmarks/compiling.py).
+    fast plain, more or less, or up to twice as fast (benchmarks/compiling.py).
     """
     plan = settings.plan(teacher.size)
     if teacher.mean.is_cuda:
