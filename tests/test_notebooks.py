@@ -2,15 +2,18 @@
 
 import ast
 import json
+import re
 from types import ModuleType
 
 import nbformat
 import pytest
 
+from dinv.reproduce import execution
 from dinv.runs import repository_root
 
 NOTEBOOKS = sorted((repository_root() / "notebooks").glob("[0-9]*.ipynb"))
 MARK = "# NBVAL_CHECK_OUTPUT"
+SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -20,6 +23,11 @@ def notebook(request):
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def solutions(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return SOLUTION.findall(text)
 
 
 def text_of(cell):
@@ -83,6 +91,28 @@ def test_form(notebook):
     for heading in ("## What you will learn", "**Time.**", "## Take away", "## Exercises", "## References"):
         assert heading in text, heading
     assert text.count("<details>") >= 2 and text.count("<details>") == text.count("</details>")
+
+
+def test_every_exercise_has_a_solution_that_is_python(notebook):
+    exercises = notebook.cells[-1].source.partition("## Exercises")[2].partition("## References")[0]
+    assert len(solutions(notebook)) == len(re.findall(r"^\d\. \*\*", exercises, re.MULTILINE)) >= 2
+    for solution in solutions(notebook):
+        ast.parse(solution)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_solutions_run_where_a_reader_would_paste_them(notebook, tmp_path, monkeypatch):
+    """One after the other, at the end of the notebook, on the smoke profile."""
+    for name in ("CACHE", "FIGURES"):
+        monkeypatch.setenv(f"DINV_{name}", str(tmp_path / name.lower()))
+    notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in solutions(notebook)]
+    nbformat.write(notebook, tmp_path / "source.ipynb")
+    with execution.own_kernel():
+        done = execution.execute(tmp_path / "source.ipynb", tmp_path / "done.ipynb", {"profile": "smoke"})
+    for cell in done.cells[-len(solutions(notebook)) :]:
+        shown = [output.output_type for output in cell.outputs if output.get("name") != "stderr"]
+        assert cell.execution_count and shown, f"shows nothing:\n{cell.source}"
 
 
 def test_code_cells_are_short(notebook):
