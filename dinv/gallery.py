@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from dinv.models import Classifier, WeightsUnavailable, load_model, resized
 from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
 from dinv.pool import Pool
 from dinv.profiles import Profile
-from dinv.runs import Result, Run
+from dinv.runs import Result, Run, stage_name
 from dinv.step import distillation_flops, inversion_flops
 
 OPTIMISER = ("stages", "rate", "octaves", "chroma", "betas", "schedule", "jitter", "flip")
@@ -128,9 +127,8 @@ def made(
     terms = objective(run.profile, name) if terms is None else terms
     if student is not None:
         terms = terms + run.profile.imagenet.competition * Competition(student)
-    stage = re.sub(r"[^\w.+=-]+", "-", f"{teacher.name}-{name}")  # what a stage may be called
     return chapters.pool(
-        run, stage, teacher, terms,
+        run, stage_name(f"{teacher.name}-{name}"), teacher, terms,
         seed=seed, labels=wanted, batch=batch or len(wanted), settings=settings(run.profile, **changes),
         snapshots=snapshots, at_once=run.profile.imagenet.at_once,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from dinv.models import Classifier
 from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
 from dinv.pool import Pool, to_uint8
 from dinv.profiles import Profile
-from dinv.runs import Result, Run
+from dinv.runs import Result, Run, stage_name
 from dinv.step import distillation_flops, inversion_flops
 
 DATA_FREE = ("noise", "deepdream", "deepinversion", "adi", "generator")
@@ -166,9 +166,8 @@ def distilled(run: Run, row: str, pair: str, seed: int = 0, **changes: Any) -> C
         return {"real": accuracy(student, test_set.images[look], test_set.labels[look])}
 
     student, result = chapters.student(
-        run, f"{row}-{pair}".replace(" % ", "-percent-").replace(" ", "-").replace("->", "-"), teacher,
-        architecture, images, seed=seed, source=source, watch=watch,
-        settings=chapters.distillation_settings(profile, **changes),
+        run, stage_name(f"{row}-{pair}"), teacher, architecture, images, seed=seed, source=source,
+        watch=watch, settings=chapters.distillation_settings(profile, **changes),
     )  # fmt: skip
     history = result.meta["history"]
     spent = {what: distillation.seconds(history, what) for what in ("synthesis", "distillation", "watching")}

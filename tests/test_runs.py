@@ -17,7 +17,7 @@ import torch
 
 from dinv import runs, store
 from dinv.profiles import load_profile
-from dinv.runs import BudgetExceeded, Run
+from dinv.runs import BudgetExceeded, Run, stage_name
 
 STEPS = 12
 
@@ -135,6 +135,19 @@ def test_a_configuration_that_json_cannot_hold(config, message):
 def test_a_name_that_is_no_folder():
     with pytest.raises(ValueError, match="a stage cannot be called '../x'"):
         new_run().stage("walk", "../x", {}, must_not_run)
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("1 % real-resnet_small->resnet_tiny", "1-percent-real-resnet_small-resnet_tiny"),
+        ("jack-o'-lantern, ((2, 4),)", "jack-o-lantern-2-4-"),
+        ("tv=1e-4+l2", "tv=1e-4+l2"),
+    ],
+)
+def test_any_text_can_name_a_stage(text, name):
+    assert stage_name(text) == name
+    assert new_run().stage("walk", name, {}, lambda _: ({}, {})).name == name
 
 
 def test_a_result_that_is_no_tensor_or_not_finite():

@@ -48,7 +48,8 @@ from dinv.store import (
 )
 
 __all__ = [
-    "BudgetExceeded", "Checkpoint", "Result", "Run", "cache_root", "figures_root", "repository_root"
+    "BudgetExceeded", "Checkpoint", "Result", "Run",
+    "cache_root", "figures_root", "repository_root", "stage_name",
 ]  # fmt: skip
 
 _PROCESS_START = time.time()
@@ -266,6 +267,11 @@ class Run:
 
 
 # ---- the life of a stage -------------------------------------------------------------------------
+
+
+def stage_name(text: str) -> str:
+    """What a stage may be called, of any text: "1 % real" gives "1-percent-real"."""
+    return re.sub(r"[^\w.+=]+", "-", text.replace("%", "percent"))
 
 
 class _Stage:
