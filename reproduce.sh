@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then reproduces, tests or benchmarks: ./reproduce.sh --help
+# Sets up what is missing, then reproduces, tests, benchmarks or opens the notebooks: ./reproduce.sh --help
 # This file only finds a Python; dinv/reproduce/cli.py knows the words, environment.py beside it the environment.
+[ -n "${BASH_VERSION:-}" ] || { # the rest is no POSIX shell's
+    echo "reproduce.sh: error: run it with bash: ./reproduce.sh or bash reproduce.sh" >&2
+    exit 2
+}
 set -euo pipefail
 
 self=${BASH_SOURCE[0]}

@@ -1,10 +1,12 @@
 """dinv: what a trained network remembers of its lost training set, and what to do with it.
 
-from dinv import CrossEntropy, FeatureStatistics, InversionSettings, invert, load_model
+from dinv import (
+    CrossEntropy, FeatureStatistics, InversionSettings, TotalVariation, balanced_labels, invert, load_model,
+)
 
-teacher = load_model("resnet_small")
-objective = CrossEntropy() + 10.0 * FeatureStatistics()
-images = invert(teacher, labels, objective, InversionSettings(steps=200)).images
+teacher, labels = load_model("resnet_small"), balanced_labels(64, 10)
+objective = CrossEntropy() + 2.5e-5 * TotalVariation() + 1.0 * FeatureStatistics()
+images = invert(teacher, labels, objective, InversionSettings(steps=100, rate=0.1, schedule="cosine")).images
 """
 
 from dinv.datasets import Dataset, load_dataset

@@ -13,7 +13,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dinv import distillation, figures, generator, inversion, training
+from dinv import devices, distillation, figures, generator, inversion, training
 from dinv.datasets import Dataset, load_dataset
 from dinv.distillation import DistillationSettings, PixelSource, Source
 from dinv.generator import GeneratorSettings, GeneratorSource
@@ -28,8 +28,8 @@ from dinv.training import TrainingSettings
 
 
 def device() -> torch.device:
-    """CUDA where it is, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What DINV_DEVICE and the profile of the chapter say: CUDA where it is, else the CPU; see `devices`."""
+    return torch.device(devices.current())
 
 
 def stage_seed(seed: int, name: str) -> int:
@@ -237,6 +237,7 @@ def student(
     source: Source | None = None,
     settings: DistillationSettings | None = None,
     watch: Callable[[int, Classifier], dict[str, float]] | None = None,
+    watch_every: int = 1,
 ) -> tuple[Classifier, Result]:
     """A student distilled from `teacher` by a cached and resumable stage.
 
@@ -246,6 +247,7 @@ def student(
 
     Args:
         images, source, settings, watch: as for `distillation.distill`.
+        watch_every: `watch` is called at every so many rounds.
     """
     settings = settings or distillation_settings(run.profile)
     first = stage_seed(seed, architecture)
@@ -258,11 +260,17 @@ def student(
         "images": sha256_tensors(stored({"images": images}), ""),
         "source": source.config() if source is not None else None,
     }
+    look = None
+    if watch is not None:
+        config["watch_every"] = watch_every  # what it saw is in the history
+
+        def look(number: int, student: Classifier) -> dict[str, float]:
+            return {} if number % watch_every else watch(number, student)
 
     def make(checkpoint):
         draws = torch.Generator().manual_seed(first)
         found = distillation.distill(
-            teacher, model, images, settings, draws, source=source, watch=watch, checkpoint=checkpoint
+            teacher, model, images, settings, draws, source=source, watch=look, checkpoint=checkpoint
         )
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         return state | {"made": found.images}, {"history": found.history}
@@ -285,7 +293,8 @@ def start(
     Args:
         profile, seeds, overrides: the notebook's parameters cell; `seeds` 0 keeps the profile's number.
     """
-    chosen = load_profile(profile, overrides)
+    chosen = load_profile(devices.profile(profile), overrides)
+    devices.begin(chosen.name)
     if seeds:
         longest = {part: dataclasses.replace(getattr(chosen, part), seeds=seeds) for part in SEEDED}
         chosen = dataclasses.replace(chosen, seeds=seeds, **longest)
@@ -293,9 +302,15 @@ def start(
 
 
 def settings_table(profile: Profile, *parts: str) -> pd.DataFrame:
-    """The profile's settings beside the paper's; `parts` keeps these settings and groups of settings."""
+    """The profile's settings, the paper's, and what `paper` has where the paper is silent.
+
+    Args:
+        parts: keep these settings and groups of settings.
+    """
     rows = [row for row in profile.table() if not parts or {row[0], row[0].partition(".")[0]} & set(parts)]
-    return pd.DataFrame(rows, columns=["setting", f"{profile.name} profile", "paper"]).set_index("setting")
+    columns = ["setting", f"{profile.name} profile", "the paper", "profile paper where the paper is silent"]
+    pd.set_option("display.max_colwidth", None)  # a long setting is shown whole
+    return pd.DataFrame(rows, columns=columns).set_index("setting")
 
 
 def show(run: Run, name: str, figure: Figure) -> Image:

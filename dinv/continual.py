@@ -183,7 +183,7 @@ def learn(
 ) -> list[dict[str, float]]:
     """Teach `network`, an extension of `old`, its new classes in place; returns one record every 20 updates.
 
-    The sum of `loss_on_old`, `loss_on_new` and `keep` times `loss_of_keeping` (paper, section 4.4). The last
+    The sum of `loss_on_old`, `loss_on_new` and `keep` times `loss_of_keeping` (paper, section 4.5). The last
     update's weights are the result; at the end the network is in eval mode.
 
     Args:

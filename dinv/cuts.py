@@ -19,7 +19,7 @@ from dinv.datasets import Dataset, load_dataset
 from dinv.latency import LatencyTable, Layer
 from dinv.metrics import accuracy
 from dinv.models import Classifier
-from dinv.pruning import Pruned
+from dinv.pruning import Pruned, Unreachable
 from dinv.runs import Run
 from dinv.runs.machine import device_name
 from dinv.step import distillation_flops, inversion_flops
@@ -82,13 +82,16 @@ class Cut:
 
 def table_of(run: Run, teacher: Classifier) -> LatencyTable:
     """The latency of every layer on this device, measured once and kept."""
+    batch = latency.batch_of(teacher.mean.device)
     machine = {"device": device_name(), "threads": torch.get_num_threads()}
+    if teacher.mean.is_cuda:
+        machine["batch"] = batch
 
     def make(checkpoint):
-        return {}, {"layers": LatencyTable.measure(teacher).config()}
+        return {}, {"layers": LatencyTable.measure(teacher, batch).config()}
 
     result = run.stage("latency", teacher.name, machine, make, [chapters.digest(teacher)], latency.VERSION)
-    return LatencyTable({name: _layer(entry) for name, entry in result.meta["layers"].items()})
+    return LatencyTable({name: _layer(entry) for name, entry in result.meta["layers"].items()}, batch)
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:
@@ -116,6 +119,9 @@ def cut(
         updates: the profile's, where not given; 0 leaves the network as it was cut.
         test: on what accuracy is taken; the profile's test set, where not given.
         options: target, importance, eta: as for `pruning.prune`.
+
+    Raises:
+        pruning.Unreachable: the target cannot be reached; found again, as a cell would be.
     """
     chosen = run.profile.pruning
     updates = chosen.updates if updates is None else updates
@@ -134,10 +140,13 @@ def cut(
     }  # fmt: skip
 
     def make(checkpoint):
-        pruned = pruning.prune(
-            teacher, images[seen], step=chosen.step, seed=seed, table=table,
-            labels=labels[seen] if labels is not None else None, **options,
-        )  # fmt: skip
+        try:
+            pruned = pruning.prune(
+                teacher, images[seen], step=chosen.step, seed=seed, table=table,
+                labels=labels[seen] if labels is not None else None, **options,
+            )  # fmt: skip
+        except Unreachable as error:
+            return {}, {"unreachable": str(error), "most": error.most}
         student = copy.deepcopy(pruned.network)
         if updates:
             draws = torch.Generator().manual_seed(seed)
@@ -149,6 +158,8 @@ def cut(
     result = run.stage(
         "pruned", f"{name}-seed{seed}", config, make, [chapters.digest(teacher)], version=pruning.VERSION
     )
+    if "unreachable" in result.meta:
+        raise Unreachable(result.meta["unreachable"], result.meta["most"])
     removed = [(layer, channels) for layer, channels in result.meta["removed"]]
     structure = pruning.restructured(teacher, removed)
     networks = [structure, copy.deepcopy(structure)]
@@ -158,3 +169,11 @@ def cut(
         test = load_dataset(run.profile.dataset, "test", chapters.device())
     scores = [accuracy(network, test.images, test.labels) for network in networks]
     return Cut(Pruned(networks[0], removed, result.meta["history"]), networks[1], *scores, result.seconds)
+
+
+def reached(run: Run, name: str, teacher: Classifier, images: Tensor, **options: Any) -> Cut | Unreachable:
+    """`cut`, or what it raises where the target cannot be reached: then the table has that for a row."""
+    try:
+        return cut(run, name, teacher, images, **options)
+    except Unreachable as missed:
+        return missed.with_traceback(None)  # which holds the images

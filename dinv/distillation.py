@@ -27,7 +27,7 @@ from dinv.inversion import InversionSettings, balanced_labels, invert
 from dinv.models import Classifier, autocast, evaluating
 from dinv.objectives import Competition, Objective
 from dinv.pool import batch_seed, to_uint8
-from dinv.step import compile_method, compiler_available
+from dinv.step import Compiled, compiler_available
 from dinv.store import Sparingly, sha256_tensors, stored, under
 from dinv.training import SCHEDULES, learning_rate, optimizer_for, predict, restore, snapshot
 
@@ -74,7 +74,7 @@ class DistillationSettings:
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """KL( p_T || p_S ) of the outputs softened by the temperature, times its square, mean over images.
 
-    Paper, equation 7; the square keeps the gradient's size as the temperature changes (Hinton et al., 2015).
+    Paper, equation 1 [M]; the square keeps the gradient's size at any temperature (Hinton et al., 2015).
     Both arguments are logits (N, K).
     """
     log_p, log_q = (F.log_softmax(logits.float() / temperature, dim=1) for logits in (teacher, student))
@@ -202,7 +202,7 @@ class Lesson:
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.student = copy.deepcopy(student).requires_grad_(True).to(memory_format=torch.channels_last)
         self.temperature = temperature
-        self._run = compile_method(self._forward) if compiled else self._forward
+        self._run = Compiled(self._forward, self.student, compiled)
 
     def begin(self, teacher: Classifier, student: Classifier) -> Lesson:
         self.teacher.load_state_dict(teacher.state_dict())
@@ -326,11 +326,12 @@ def distill(
             optimizer.step()
             losses.append(loss)
             agreements.append(agree)
-        distilled = time.perf_counter()
+        loss, agreement = (torch.stack(values).mean().item() for values in (losses, agreements))
+        distilled = time.perf_counter()  # now that the last update is over: a card lags behind
         record |= {
             "images": len(pool),
-            "loss": torch.stack(losses).mean().item(),
-            "agreement": 100 * torch.stack(agreements).mean().item(),
+            "loss": loss,
+            "agreement": 100 * agreement,
             "synthesis": synthesised - began,
             "distillation": distilled - synthesised,
         }

@@ -182,7 +182,7 @@ def measure_statistics(
 
 
 def l2_distance(mean: Tensor, variance: Tensor, mean0: Tensor, variance0: Tensor) -> Tensor:
-    """One layer's part of R_feature: ||mu - mu0||_2 + ||var - var0||_2 (paper, equation 4)."""
+    """One layer's part of R_feature: ||mu - mu0||_2 + ||var - var0||_2 (paper, equation 4 [M])."""
     return torch.linalg.vector_norm(mean - mean0) + torch.linalg.vector_norm(variance - variance0)
 
 

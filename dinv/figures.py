@@ -97,6 +97,35 @@ def method_grids(
     return figure
 
 
+def class_rows(
+    pools: Mapping[str, tuple[Tensor, Tensor]],
+    classes: Sequence[str],
+    notes: Sequence[str] = (),
+    each: int = 2,
+) -> Figure:
+    """The first `each` images of every class, a class a column, one panel below the other.
+
+    Args:
+        pools: method -> (images, labels).
+        notes: what is said after each method's name.
+    """
+    count = len(classes)
+    figure, axes = plt.subplots(len(pools), 1, figsize=(0.78 * count, (0.78 * each + 0.5) * len(pools)))
+    for index, (axis, (name, (images, labels))) in enumerate(zip(_list(axes), pools.items(), strict=True)):
+        found = first_of_each_class(images, labels, count, each)
+        rows = found.unflatten(0, (count, each)).transpose(0, 1).flatten(0, 1)
+        canvas = tile(rows, count)
+        axis.imshow(canvas.numpy(), interpolation="nearest")
+        axis.set_title(f"{name}: {notes[index]}" if notes else name, fontsize=10)
+        pitch = canvas.shape[1] / count
+        axis.set_xticks([pitch * (k + 0.5) for k in range(count)], classes, fontsize=9)
+        axis.set_yticks([])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
 def named_images(images: Tensor, names: Sequence[str], columns: int = 4) -> Figure:
     """Images large enough to be looked at, each under its name: the layout of the paper's Figure 5."""
     rows = -(-len(images) // columns)
@@ -157,6 +186,25 @@ def film_strip(strips: Mapping[str, Tensor], steps: Sequence[int], names: Sequen
     _list(axes)[-1].set_xlabel("iteration")
     figure.tight_layout()
     return figure
+
+
+def scrubber(strips: Mapping[str, Tensor], steps: Sequence[int], columns: int) -> Any:
+    """A slider over snapshots: images on their way from noise, a step at a time; works without a kernel, too.
+
+    Args:
+        strips: method -> (S, N, C, H, W), S snapshots of N images, `columns` of them in a row.
+    """
+    import ipywidgets as widgets
+
+    def picture(index: int) -> widgets.Image:
+        figure = image_grids({name: strip[index] for name, strip in strips.items()}, columns)
+        return widgets.Image(value=jpeg(png(figure)), format="jpeg")
+
+    stack = widgets.Stack([picture(index) for index in range(len(steps))], selected_index=len(steps) - 1)
+    slider = widgets.SelectionSlider(options=[(str(s), i) for i, s in enumerate(steps)], index=len(steps) - 1)
+    slider.description = "iteration"
+    widgets.jslink((slider, "index"), (stack, "selected_index"))
+    return widgets.VBox([slider, stack])
 
 
 def loss_curves(curves: Mapping[str, tuple[Sequence[str], Tensor]]) -> Figure:

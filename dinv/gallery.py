@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,20 +197,51 @@ def photograph(file: str, size: int) -> Tensor:
     return resized(center_crop(image, [min(image.shape[2:])] * 2), size)
 
 
-def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
-    """`count` images drawn from an ImageFolder (one folder a class, in the order of the model's classes).
+def labels_of_folders(folder: str, model: Classifier) -> dict[str, int]:
+    """Which of the model's classes each folder in `folder` is, by the folder's name.
+
+    The classes' own names; or numbers, from 0 or from 1, in the order of numbers (as text 10 comes before 2);
+    or WordNet's ids, in their order, which is that of ImageNet's thousand classes.
 
     Raises:
-        ValueError: no such folder, or not one folder a class.
+        ValueError: they are none of these, or not one for every class.
+    """
+    names = sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir())
+    if names == sorted(model.classes):
+        return {name: list(model.classes).index(name) for name in names}
+    if len(names) == len(model.classes):
+        if all(re.fullmatch(r"n\d{8}", name) for name in names):
+            return {name: number for number, name in enumerate(names)}
+        if all(re.fullmatch("[0-9]+", name) for name in names):
+            names.sort(key=int)
+            first = int(names[0])
+            if first < 2 and [int(name) for name in names] == list(range(first, first + len(names))):
+                return {name: number for number, name in enumerate(names)}
+    last = len(model.classes) - 1
+    raise ValueError(
+        f"{folder} has {len(names)} folders: {_some(names)}; expected one folder for each of the "
+        f"{last + 1} classes of {model.name}: their names ({_some(model.classes)}), the numbers 0 to {last}, "
+        "or WordNet's ids such as n01440764"
+    )
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join([*names[:count], "..."] if len(names) > count else names) or "none"
+
+
+def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
+    """`count` images drawn from an ImageFolder: one folder a class, named as `labels_of_folders` says.
+
+    Raises:
+        ValueError: no such folder, or its folders are not the model's classes.
     """
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
     if not Path(folder).is_dir():
         raise ValueError(f"imagenet.folder={folder!r} is no folder")
+    numbered = labels_of_folders(folder, model)
     data = ImageFolder(folder)
-    if len(data.classes) != len(model.classes):
-        raise ValueError(f"{folder} has {len(data.classes)} classes, {model.name} knows {len(model.classes)}")
     drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count].tolist()
     images, numbers = [], []
     for index in drawn:
@@ -217,5 +249,5 @@ def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
         image = image.convert("RGB" if model.channels == 3 else "L")
         image = center_crop(resize(image, round(model.size * 256 / 224)), [model.size] * 2)
         images.append(pil_to_tensor(image))
-        numbers.append(number)
+        numbers.append(numbered[data.classes[number]])
     return Dataset("imagenet", "test", torch.stack(images), torch.tensor(numbers), model.classes)

@@ -31,7 +31,7 @@ from dinv.inversion import (
 from dinv.models import Classifier
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
-from dinv.step import compile_method, compiler_available, inversion_step
+from dinv.step import Compiled, compiler_available, inversion_step
 from dinv.store import Sparingly, under
 
 VERSION = 1  # part of a student's key: raise it when the same settings give other images
@@ -198,7 +198,7 @@ def _forward(network: ImageGenerator, settings: GeneratorSettings, device: torch
     if settings.compile == "never" or not compiler_available(device):
         return network
     if "compiled" not in vars(network):
-        vars(network)["compiled"] = compile_method(network.forward)
+        vars(network)["compiled"] = Compiled(network.forward, network)
     return vars(network)["compiled"]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,30 +20,75 @@ if TYPE_CHECKING:
     from dinv.pruning import Group
 
 VERSION = 2  # part of a measured table's key: raise it when a table holds something else
+CALLS = 20  # in one CUDA graph
 WIDTHS = (0.25, 0.5, 0.75, 1.0)  # shares of its channels at which a layer is measured
+
+
+def batch_of(device: torch.device) -> int:
+    """Images that latency is taken of. With few of them a card is done with any layer equally soon."""
+    return 1024 if device.type == "cuda" else 64
 
 
 def interleaved(
     calls: Sequence[Callable[[], object]], repeats: int, device: torch.device | None = None
 ) -> Tensor:
-    """Seconds of every call, float64 (repeats, calls), taken in turn so that a slow moment hits them all."""
+    """Seconds of every call, float64 (repeats, calls), taken in turn so that a slow moment hits them all.
+
+    On a card they are taken as `_captured` says: a call must be work of fixed shapes for it alone.
+    """
+    cuda = device is not None and device.type == "cuda"
+    with torch.cuda.device(device) if cuda else nullcontext():
+        timers = _captured(calls) if cuda else [partial(_clocked, call) for call in calls]
+        for timer in timers:
+            timer()  # memory, kernels
+        rows = [[timer() for timer in timers] for _ in range(repeats)]
+    return torch.tensor(rows, dtype=torch.float64).view(repeats, len(calls))
+
+
+def _clocked(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> list[Callable[[], float]]:
+    """What gives the seconds of every call on a card: `CALLS` of them as one CUDA graph, by the card's clock.
+
+    Launched one by one, calls as short as a layer's last as long as their launch, at any width.
+    """
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream.wait_stream(torch.cuda.current_stream())
+    timers = []
     for call in calls:
-        call()  # memory, kernels
-    seconds = torch.empty(repeats, len(calls), dtype=torch.float64)
-    for row in seconds:
-        for index, call in enumerate(calls):
-            _wait(device)
-            began = time.perf_counter()
-            call()
-            _wait(device)
-            row[index] = time.perf_counter() - began
-    return seconds
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose their kernels, which cannot be captured
+                call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):  # all in the same memory: none is read
+            for _ in range(CALLS):
+                call()
+        timers.append(partial(_replayed, graph))
+    return timers
+
+
+def _replayed(graph: torch.cuda.CUDAGraph) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    graph.replay()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3 / CALLS
 
 
 @torch.no_grad()
-def latencies(networks: Sequence[Classifier], batch: int = 64, repeats: int = 15) -> Tensor:
-    """Seconds a batch takes through every network, float64 (repeats, networks); take medians of ratios."""
+def latencies(networks: Sequence[Classifier], batch: int | None = None, repeats: int = 15) -> Tensor:
+    """Seconds a batch takes through every network, float64 (repeats, networks); take medians of ratios.
+
+    Args:
+        batch: images; by default `batch_of` the device.
+    """
     device = networks[0].mean.device
+    batch = batch or batch_of(device)
     calls = []
     for network in networks:
         network = copy.deepcopy(network).freeze().to(memory_format=torch.channels_last)
@@ -87,18 +133,29 @@ class Layer:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What every convolution of a network costs on this device, as its width changes."""
+    """What every convolution of a network costs on this device, as its width changes.
+
+    Attributes:
+        layers: by name.
+        batch: images that take so many milliseconds.
+    """
 
     layers: dict[str, Layer]
+    batch: int = 64
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, network: Classifier, batch: int = 64, repeats: int = 7) -> LatencyTable:
-        """Measure `network`, layer by layer. A table holds for this device and this batch."""
+    def measure(cls, network: Classifier, batch: int | None = None, repeats: int = 7) -> LatencyTable:
+        """Measure `network`, layer by layer, in float32. A table holds for this device and this batch.
+
+        Args:
+            batch: images; by default `batch_of` the device.
+        """
         convolutions = {
             name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)
         }
         device = network.mean.device
+        batch = batch or batch_of(device)
         with ExitStack() as stack:
             seen = {name: stack.enter_context(inputs_of(layer)) for name, layer in convolutions.items()}
             network(torch.zeros(1, network.channels, network.size, network.size, device=device))
@@ -111,7 +168,7 @@ class LatencyTable:
             medians = (1e3 * interleaved(calls, repeats, device).median(0).values).view(len(sides), -1)
             cells = tuple(tuple(row) for row in medians.expand(len(WIDTHS), -1).tolist())
             layers[name] = Layer(layer.in_channels, layer.out_channels, cells)
-        return cls(layers)
+        return cls(layers, batch)
 
     def of(self, network: nn.Module) -> float:
         """Milliseconds of `network`, the measured one with fewer channels: the sum over its convolutions."""
@@ -134,7 +191,7 @@ class LatencyTable:
         return saved
 
     def config(self) -> dict[str, dict]:
-        """The table in plain words and numbers."""
+        """The layers in plain words and numbers."""
         return {name: asdict(layer) for name, layer in self.layers.items()}
 
 
@@ -177,8 +234,3 @@ def _place(share: float) -> tuple[int, float]:
     share = min(max(share, WIDTHS[0]), WIDTHS[-1])
     index = min(sum(width <= share for width in WIDTHS) - 1, len(WIDTHS) - 2)
     return index, (share - WIDTHS[index]) / (WIDTHS[index + 1] - WIDTHS[index])
-
-
-def _wait(device: torch.device | None) -> None:
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)

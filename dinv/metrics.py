@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from dinv.features import (
@@ -200,3 +204,15 @@ def nearest(points: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tens
     """Distances and indices (N, count) of the nearest of `among` (M, D) to each of `points` (N, D)."""
     parts = [torch.cdist(part, among).topk(count, largest=False) for part in points.split(1024)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def holds(values: Sequence[float], at_least: float = -math.inf, at_most: float = math.inf) -> bool | None:
+    """Whether the mean of `values`, one a seed, lies within the bounds with all of its 95 % interval.
+
+    The interval is Student's t. None, open, for one value within them: a single run shows no scatter.
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return None if at_least <= mean <= at_most else False
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return bool(at_least <= mean - half and mean + half <= at_most)

@@ -181,7 +181,7 @@ def _weight(weight: float) -> float:
 class CrossEntropy(Term):
     """L(x, y): cross-entropy of the teacher's logits with the wanted labels, mean over images.
 
-    Paper, equation 1.
+    Paper, equation 2 [M].
     """
 
     name = "cross-entropy"
@@ -191,7 +191,7 @@ class CrossEntropy(Term):
 
 
 class TotalVariation(Term):
-    """R_TV(x): see `total_variation`. Paper, equation 2."""
+    """R_TV(x): see `total_variation`. Paper, equation 3 [M]."""
 
     name = "total variation"
 
@@ -200,7 +200,7 @@ class TotalVariation(Term):
 
 
 class L2Norm(Term):
-    """R_l2(x): the l2 norm of an image, mean over images. Paper, equation 2."""
+    """R_l2(x): the l2 norm of an image, mean over images. Paper, equation 3 [M]."""
 
     name = "l2 norm"
 
@@ -209,7 +209,7 @@ class L2Norm(Term):
 
 
 class FeatureStatistics(Term):
-    """R_feature(x): distance of a batch's feature statistics to the training set's. Equation 3.
+    """R_feature(x): distance of a batch's feature statistics to the training set's. Equation 4 [M].
 
     Args:
         distance: "l2", the paper's sum of norms, or "kl", the scale-free Gaussian KL per channel.
@@ -266,7 +266,7 @@ class FeatureStatistics(Term):
 class Competition(Term):
     """R_compete(x) = 1 - JS(p_T(x), p_S(x)): images on which teacher and student disagree cost less.
 
-    Paper, equation 5; see `jensen_shannon`. The student is copied, frozen and in eval mode, whenever an
+    Paper, equations 8 and 9 [M]; see `jensen_shannon`. The student is copied, frozen and in eval mode, as an
     inversion begins: train it further, and the next inversion competes with what it has become.
 
     Args:

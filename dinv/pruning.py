@@ -212,6 +212,18 @@ def _outputs(groups: list[Group]) -> Iterator[dict[nn.Module, Tensor]]:
 # ---- pruning ---------------------------------------------------------------------------------------
 
 
+class Unreachable(ValueError):
+    """So large a share cannot be removed.
+
+    Attributes:
+        most: the share that can.
+    """
+
+    def __init__(self, message: str, most: float) -> None:
+        super().__init__(message)
+        self.most = most
+
+
 @dataclass
 class Pruned:
     """A smaller network, and how it came about.
@@ -259,14 +271,16 @@ def prune(
         filters, flops, latency: one of them: the share to remove, 0 to below 1; latency by `table`.
         importance: "kl", Taylor on the divergence from the original, no label anywhere; "cross-entropy",
             Taylor on the loss with `labels`; "magnitude" of the weights; "random".
-        eta: weight of the latency in I = I_err + eta I_lat (paper, section 4.3), per millisecond that
-            `table` says the network becomes faster without the channel.
+        eta: weight of the latency in I = I_err + eta I_lat (paper, section 4.3), per millisecond. I_lat(s)
+            is the latency without the channel less that with it, by `table`: at most zero as a rule, so that
+            the time saved is taken off the importance.
         step: share of the original filters that goes before importance is measured again.
         keep: share of its channels that every group keeps, at least one.
         progress: called with the share removed so far.
 
     Raises:
-        ValueError: no target or several; one that cannot be reached; a network that cannot be followed.
+        Unreachable: the target cannot be reached; a ValueError as well.
+        ValueError: no target or several; a network that cannot be followed.
     """
     target, wanted = _target(filters=filters, flops=flops, latency=latency)
     if importance not in IMPORTANCES:
@@ -305,9 +319,11 @@ def prune(
             room = min(room, wanted * whole["filters"] - (1 - left["filters"]) * whole["filters"])
         chosen = _lowest(groups, scores, least, room)
         if not chosen:
-            raise ValueError(
-                f"{target}={wanted:g} cannot be removed from {network.name}: at {1 - left[target]:.2f} every "
-                f"layer is down to the share of {keep:g} that it keeps"
+            most = 1 - left[target]
+            raise Unreachable(
+                f"{target}={wanted:g} cannot be removed from {network.name}: at {most:.2f} every "
+                f"layer is down to the share of {keep:g} that it keeps",
+                most,
             )
         for group, channels in chosen.items():
             group.remove(channels)

@@ -161,13 +161,11 @@ def distilled(run: Run, row: str, pair: str, seed: int = 0, **changes: Any) -> C
     def watch(number: int, student: Classifier) -> dict[str, float]:
         """For Figure 4. Nothing follows from it."""
         look = slice(0, LOOK)
-        if number % every:
-            return {}
         return {"real": accuracy(student, test_set.images[look], test_set.labels[look])}
 
     student, result = chapters.student(
         run, stage_name(f"{row}-{pair}"), teacher, architecture, images, seed=seed, source=source,
-        watch=watch, settings=chapters.distillation_settings(profile, **changes),
+        watch=watch, watch_every=every, settings=chapters.distillation_settings(profile, **changes),
     )  # fmt: skip
     history = result.meta["history"]
     spent = {what: distillation.seconds(history, what) for what in ("synthesis", "distillation", "watching")}

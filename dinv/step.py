@@ -6,14 +6,17 @@ import copy
 import logging
 import os
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinv.features import moments, watch
@@ -38,11 +41,14 @@ class Step:
     def __init__(self, teacher: Classifier, objective: Objective, compiled: bool) -> None:
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.features: dict[str, Tensor] = {}
-        self.compiled = compiled
         self.objective = objective
         self.weights = objective.weights
         watch(self.teacher, objective.layers(), self.features)
-        self._terms = compile_method(self._forward) if compiled else None
+        self._terms = Compiled(self._forward, self.teacher, compiled)
+
+    @property
+    def compiled(self) -> bool:
+        return self._terms.on
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,7 +87,7 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         """Terms and gradient; of a part of a batch with its share and, for every layer, `View.rest`."""
         pixels = pixels.detach().requires_grad_(True)
-        total, terms = self._run(pixels, labels, weights, *(() if share is None else (share, *rest)))
+        total, terms = self._terms(pixels, labels, weights, *(() if share is None else (share, *rest)))
         (gradient,) = torch.autograd.grad(total, pixels)
         return terms.detach(), gradient
 
@@ -104,18 +110,6 @@ class Step:
             if not gradient.isfinite().all():
                 return name
         return "the objective"
-
-    def _run(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.compiled:
-            return self._forward(*inputs)
-        try:
-            return self._terms(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())[:300]
-            warnings.warn(f"going on without compilation: {reason}", RuntimeWarning, stacklevel=4)
-            self.compiled = False
-            self.features.clear()
-            return self._forward(*inputs)
 
 
 class PartsStep:
@@ -228,6 +222,64 @@ def forward_flops(network: Classifier) -> int:
     return counter.get_total_flops()
 
 
+# ---- compilation -----------------------------------------------------------------------------------
+
+
+class Compiled:
+    """A method of tensors, compiled where that works; where it does not, the method itself, and a warning.
+
+    Every new shape is tried before it counts, backward as well: that half is compiled when it is first asked
+    for. The trial leaves nothing behind in the network's buffers, in gradients or in random numbers.
+
+    Args:
+        network: whose parameters and buffers the method uses.
+        on: False leaves the method as it is.
+
+    Attributes:
+        on: whether it is compiled still.
+    """
+
+    def __init__(self, method: MethodType, network: nn.Module, on: bool = True) -> None:
+        self.method, self.network, self.on = method, network, on
+        self._compiled = compile_method(method) if on else None
+        self._tried: set[tuple[torch.Size, ...]] = set()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if not self.on:
+            return self.method(*inputs)
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in self._tried:
+            reason = self._failure(inputs)
+            if reason:
+                outputs = self.method(*inputs)  # what fails here as well is no fault of the compiler's
+                warnings.warn(f"going on without compilation: {reason}", RuntimeWarning, stacklevel=4)
+                self.on = False
+                return outputs
+            self._tried.add(shapes)
+        return self._compiled(*inputs)
+
+    def _failure(self, inputs: tuple[Tensor, ...]) -> str:
+        """Why these inputs cannot be compiled for, forward and backward; empty where they can."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        leaves = [leaf for leaf in (*inputs, *self.network.parameters()) if leaf.requires_grad]
+        try:
+            with torch.random.fork_rng([x.device for x in inputs[:1] if x.is_cuda]):
+                outputs = self._compiled(*inputs)
+                outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+                given = [output for output in outputs if output.requires_grad]
+                if given:
+                    ones = [torch.ones_like(output) for output in given]
+                    torch.autograd.grad(given, leaves, ones, allow_unused=True)
+        except Exception as error:  # of Dynamo, of Triton, of the C compiler: of any class
+            text = str(error).strip() or type(error).__name__
+            return " ".join(text.split("\n\n")[0].split())[:300]
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        return ""
+
+
 def compile_method(method: MethodType) -> Callable:
     """`method` compiled for the shapes it is first called with, under a code object of its own.
 
@@ -245,6 +297,28 @@ def compile_method(method: MethodType) -> Callable:
 
 
 def compiler_available(device: torch.device) -> bool:
-    """Inductor needs a C++ compiler for the CPU; for CUDA it brings its own."""
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    return device.type == "cuda" or any(name and shutil.which(name) for name in names)
+    """Whether what is compiled can be: for a CPU Inductor needs a C++ compiler.
+
+    For CUDA Triton compiles a driver, with a C compiler and Python's headers; what is lacking is told once.
+    """
+    if device.type != "cuda":
+        names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+        return any(name and shutil.which(name) for name in names)
+    lacking, given = [], os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([given] if given else ["gcc", "clang"])):
+        lacking.append(f"CC={given} is no program" if given else "neither gcc nor clang is there")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    if not header.is_file():
+        lacking.append(f"{header} is not there (install python3-dev)")
+    if lacking:
+        _tell_once(
+            "going on without compilation: for CUDA it wants a C compiler and Python's headers, but "
+            + ", and ".join(lacking)
+        )
+    return not lacking
+
+
+@cache
+def _tell_once(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dinv.datasets import Dataset, augment
 from dinv.models import Classifier, autocast, evaluating, to_float
+from dinv.step import Compiled, compiler_available
 from dinv.store import under
 
 VERSION = 1  # part of a cached training's key: raise it when the same settings give other weights
@@ -121,7 +122,7 @@ def train(
         tensors, meta = saved
         restore(model, optimizer, generator, tensors)
         first, history = meta["epoch"], meta["history"]
-    forward = torch.compile(model) if device.type == "cuda" else model
+    forward = _forward(model, device)  # on a card compiled
     for epoch in range(first, settings.epochs):
         total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         batches = epoch_batches(dataset, settings, generator, small=epoch < settings.small_epochs)
@@ -149,6 +150,11 @@ def train(
             checkpoint.save(snapshot(model, optimizer, generator), {"epoch": epoch + 1, "history": history})
     model.eval()
     return history
+
+
+def _forward(model: Classifier, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The network's forward pass: on a card compiled, where that can be."""
+    return Compiled(model.forward, model) if device.type == "cuda" and compiler_available(device) else model
 
 
 def snapshot(

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from dinv import chapters, cuts, load_dataset, rows
+from dinv import chapters, cuts, latency, load_dataset, pruning, rows
+from dinv.latency import LatencyTable
 from dinv.metrics import accuracy
 from dinv.profiles import load_profile
 from dinv.step import forward_flops
@@ -80,6 +81,25 @@ def test_a_cell_is_found_again_and_differs_from_what_was_cut(run):
 def test_the_table_of_latencies_is_measured_once(run):
     teacher = chapters.network(run, "teacher")
     assert cuts.table_of(run, teacher) == cuts.table_of(run, teacher)
+
+
+def test_a_share_that_cannot_be_reached_is_a_marker_found_again_and_no_exception(run, monkeypatch):
+    teacher = chapters.network(run, "teacher")
+    images = cuts.images_of(run, "noise", teacher, 0)
+    table = cuts.table_of(run, teacher)
+    same = ((1.0,) * len(latency.WIDTHS),) * len(latency.WIDTHS)
+    flat = LatencyTable(
+        {name: dataclasses.replace(x, milliseconds=same) for name, x in table.layers.items()}
+    )
+    given = {"table": flat, "latency": 0.4}
+    missed = cuts.reached(run, "flat", teacher, images, **given)
+    assert isinstance(missed, pruning.Unreachable) and missed.most == 0
+    assert isinstance(cuts.reached(run, "reached", teacher, images, filters=0.3), cuts.Cut)
+    monkeypatch.setattr(pruning, "prune", None)  # it is not tried again
+    again = cuts.reached(run, "flat", teacher, images, **given)
+    assert str(again) == str(missed) and again.most == missed.most
+    with pytest.raises(pruning.Unreachable, match="latency=0.4 cannot be removed from resnet_digits"):
+        cuts.cut(run, "flat", teacher, images, **given)
 
 
 def test_the_paper_removes_a_fifth_and_a_half():

@@ -1,6 +1,7 @@
 """Distillation: its loss, its loop, resumption to the same bytes, and what it refuses."""
 
 import copy
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -246,6 +247,19 @@ def test_seconds_are_those_of_the_rounds(tiny):
     found = distill(teacher, tiny(1), some_images(), SETTINGS, generator(), source=pixel_source(teacher))
     for what in ("synthesis", "distillation", "watching"):
         assert seconds(found.history, what) == sum(record[what] for record in found.history) > 0
+
+
+def test_the_last_update_counts_as_distillation_and_not_as_watching(tiny, monkeypatch):
+    original = torch.Tensor.item
+
+    def waiting(tensor):  # as for a card that is still at work on the update
+        time.sleep(0.2)
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", waiting)
+    settings = replace(SETTINGS, rounds=1)
+    (record,) = distill(tiny(0).freeze(), tiny(1), some_images(), settings, generator()).history
+    assert record["distillation"] > 0.2 and record["watching"] < 0.2
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -202,7 +202,7 @@ def test_defaults():
     assert vars(cli.parse([])) == {
         "word": "reproduce", "profile": "auto", "only": [], "seeds": 0, "budget": None, "set": {},
         "force": [], "list": False, "dry_run": False, "slow": False, "in_place": False,
-        "imagenet": None,
+        "imagenet": None, "handed_on": [],
     }  # fmt: skip
 
 
@@ -220,6 +220,11 @@ def test_everything_given(tmp_path, monkeypatch):
     assert chosen.force == ["pool", "teacher", "student"]
     assert (chosen.profile, chosen.seeds, chosen.budget) == ("cpu", 5, 5400)
     assert chosen.dry_run and chosen.list
+
+
+def test_the_lab_is_handed_on_what_stands_after_the_dashes():
+    assert cli.parse(["lab"]).handed_on == []
+    assert cli.parse(["lab", "--", "--port", "8899", "--", "x"]).handed_on == ["--port", "8899", "--", "x"]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +251,9 @@ def test_no_budget(text):
         ("--seeds 0", "'0' is no number of seeds"),
         ("--profile gpuu", "unknown profile 'gpuu': did you mean gpu? The profiles are auto, smo"),
         ("tset", "unknown word 'tset': did you mean test? The words are reproduce, test, be"),
+        ("test -- --port 8899", "what stands after -- is for `lab`, not for `test`"),
+        ("lab --port 8899", "unknown option --port"),
+        ("lab --seeds 2 -- --port 8899", "JupyterLab's stand after --: lab -- --port 8899"),
         ("smoke", "unknown word 'smoke': did you mean --profile smoke?"),
         ("test notebooks", "unexpected 'notebooks': one word is enough"),
         ("--budget soon", "'soon' is no span of time"),

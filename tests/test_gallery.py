@@ -143,19 +143,57 @@ def test_images_of_a_coarse_size_can_be_judged_as_they_are(run):
 
 def test_images_of_a_folder(tmp_path, tiny):
     for number in range(5):
-        (tmp_path / f"n{number}").mkdir()
+        folder = tmp_path / f"n0144076{number}"
+        folder.mkdir()
         for index in range(2):
-            Image.new("RGB", (20, 14), (number, 10 * index, 0)).save(tmp_path / f"n{number}" / f"{index}.png")
+            Image.new("RGB", (20, 14), (number, 10 * index, 0)).save(folder / f"{index}.png")
     model = tiny(0)
     data = gallery.of_folder(str(tmp_path), model, 6)
     assert data.images.shape == (6, 3, 8, 8) and data.images.dtype == torch.uint8
     assert data.classes == model.classes and torch.equal(data.labels, data.images[:, 0, 0, 0].long())
     with pytest.raises(ValueError, match="is no folder"):
         gallery.of_folder("/nowhere", model, 1)
-    (tmp_path / "n9").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "n9" / "0.png")
-    with pytest.raises(ValueError, match="has 6 classes, tiny knows 5"):
-        gallery.of_folder(str(tmp_path), model, 1)
+
+
+def names_of_folders(folder, names, model):
+    """The class that each folder's image is said to be of; one image a folder, its red its number."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / name / "x.png")
+    data = gallery.of_folder(str(folder), model, len(names))
+    said = {int(image[0, 0, 0]) // 20: label for image, label in zip(data.images, data.labels, strict=True)}
+    return {name: model.classes[said[number]] for number, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("width", [0, 4])
+@pytest.mark.parametrize("first", [0, 1])
+def test_folders_that_are_numbers_are_classes_in_the_order_of_numbers(tmp_path, tiny, width, first):
+    model = tiny(0, classes=12)
+    names = [str(number).zfill(width) for number in range(first, first + 12)]
+    found = names_of_folders(tmp_path, names, model)
+    assert found == dict(zip(names, model.classes, strict=True))
+
+
+def test_folders_with_the_classes_own_names_are_those_classes(tmp_path, tiny):
+    model = tiny(0, classes=3)
+    model.classes = ("zebra", "10", "2")
+    assert names_of_folders(tmp_path, ["10", "2", "zebra"], model) == {x: x for x in model.classes}
+
+
+@pytest.mark.parametrize(
+    "names", ["2 n01440764 n01443537", "cat dog horse", "0 1 3", "01 1 2", "0 1", "n01440764", ""]
+)
+def test_folders_that_are_no_classes_are_refused_before_an_image_is_read(tmp_path, tiny, monkeypatch, names):
+    names = names.split()
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", None)
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "readme.txt").touch()
+    with pytest.raises(ValueError) as told:
+        gallery.of_folder(str(tmp_path), tiny(0, classes=3), 1)
+    found, expected = str(told.value).split("; ")
+    assert found.endswith(f"has {len(names)} folders: {', '.join(names) or 'none'}")
+    assert expected.startswith("expected one folder for each of the 3 classes of tiny: their names (class0,")
 
 
 def test_photographs_are_known(run):
@@ -203,7 +241,7 @@ def test_large_networks_are_tested_on_the_users_folder_or_not_at_all(run, tmp_pa
     large = tiny(0, size=64)
     assert gallery.test_set(run, large) is None
     for number in range(5):
-        folder = tmp_path / "photographs" / f"n{number}"
+        folder = tmp_path / "photographs" / f"n0144076{number}"
         folder.mkdir(parents=True)
         Image.new("RGB", (70, 70), (number, 0, 0)).save(folder / "0.png")
     monkeypatch.setattr(run, "profile", load_profile("smoke", {"imagenet.folder": str(folder.parent)}))

@@ -32,6 +32,7 @@ def test_the_gpu_profile_runs_whole_in_parts_of_a_budget(tmp_path):
         words += ["--set", f"{key}={value}"]
     variables = {key: value for key, value in os.environ.items() if not key.startswith("DINV_")}
     variables |= {"DINV_CACHE": str(tmp_path / "runs"), "DINV_FIGURES": str(tmp_path / "figures")}
+    variables["DINV_DEVICE"] = "cpu"
     statuses = []
     while not statuses or statuses[-1] == 75:
         done = subprocess.run(

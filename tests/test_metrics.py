@@ -12,6 +12,7 @@ from dinv.metrics import (
     cover,
     embed,
     feature_distances,
+    holds,
     nearest,
     predict,
     spectrum,
@@ -163,3 +164,18 @@ def test_a_wave_lies_in_the_band_of_its_frequency():
     rings = np.hypot(*np.meshgrid(np.fft.fftfreq(32), np.fft.fftfreq(32))) / 0.5**0.5
     expected = np.histogram(rings, [0, 0.25, 0.5, 0.75, 1.01])[0] / 1024
     np.testing.assert_allclose(shares.numpy(), expected, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "values, bounds, verdict",
+    [
+        ([5.0, 6.0, 7.0], {"at_least": 0}, True),  # 6 ± 2.5
+        ([5.0, 6.0, 7.0], {"at_least": 4}, False),  # the mean is above, the interval is not
+        ([-0.2, 0.0, 0.2], {"at_least": 0}, False),  # -0.00 ± 0.19 is no "yes"
+        ([0.1, 0.4, 0.7], {"at_most": 4}, True),
+        ([1.0], {"at_least": 0}, None),  # one seed shows no scatter
+        ([-1.0], {"at_least": 0}, False),
+    ],
+)
+def test_a_claim_holds_only_with_all_of_its_interval(values, bounds, verdict):
+    assert holds(values, **bounds) is verdict

@@ -8,6 +8,7 @@ import torch
 
 from dinv import chapters, profiles
 from dinv.datasets import DATASETS
+from dinv.inversion import InversionSettings
 from dinv.models import DOMAINS, NETWORKS
 from dinv.profiles import PROFILES, as_dict, flat, load_profile
 
@@ -38,7 +39,8 @@ def test_every_profile_can_be_run(name):
     chapters.inversion_settings(profile)
     for role in ("teacher", "judge"):
         chapters.training_settings(profile, role)
-    sweep = profile.sweep
+    sweep, o = profile.sweep, profile.octaves
+    InversionSettings(steps=o.steps, rate=o.rate, octaves=o.octaves, chroma=o.chroma, jitter=o.jitter)
     for images in (profile.inversion.images, sweep.images, sweep.bare):
         assert images % min(profile.inversion.batch, images) == 0
     assert all(sweep.images % min(batch, sweep.images) == 0 for batch in sweep.batches)
@@ -53,12 +55,14 @@ def test_the_paper_profile_holds_the_papers_numbers():
     assert (paper.weights.tv, paper.weights.l2, paper.weights.feature) == (2.5e-5, 3e-8, 10.0)
 
 
-def test_a_table_puts_the_papers_number_beside_each():
-    profile = load_profile("smoke", {"inversion.steps": 7})
-    rows = {name: (here, paper) for name, here, paper in profile.table()}
-    assert rows["inversion.steps"] == (7, 2000)
-    assert rows["dataset"] == ("digits", "cifar10")
-    assert rows.keys() == flat(profile).keys() - {"name"}
+def test_a_table_puts_the_papers_number_and_its_mark_beside_each():
+    rows = {name: rest for name, *rest in load_profile("smoke", {"inversion.steps": 7}).table()}
+    assert rows["inversion.steps"] == ["7", "2000 [V]", ""]
+    assert rows["weights.l2"] == ["3e-08", "3e-08 [M]", ""]  # no digit is lost
+    assert rows["weights.feature_kl"] == ["10", "", "1"]  # the paper is silent
+    assert rows["distillation.stages"] == ["(200, 8)", "(2000, 32) [V]", ""]
+    assert rows.keys() == flat(load_profile("smoke")).keys() - {"name"}
+    assert profiles.STATED.keys() <= rows.keys()
 
 
 def test_profiles_are_frozen():

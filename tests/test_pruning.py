@@ -1,6 +1,8 @@
 """Pruning: which filter counts, what goes with it, what is left, and what is refused."""
 
 import json
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dinv.datasets import load_dataset
-from dinv.latency import WIDTHS, LatencyTable, Layer, above, interleaved, latencies
+from dinv.latency import WIDTHS, LatencyTable, Layer, above, batch_of, interleaved, latencies
 from dinv.metrics import accuracy
 from dinv.models import Classifier, create_model, load_model, parameter_count
 from dinv.models.export import export_onnx
 from dinv.models.small import ConvUnit
 from dinv.pruning import (
     IMPORTANCES,
+    Unreachable,
     dependencies,
     drawn_answers,
     filter_count,
@@ -316,6 +319,26 @@ def test_what_a_channel_saves_is_what_the_table_says_afterwards():
         assert before - table.of(network) == pytest.approx(promised, rel=0.1)
 
 
+def flat_table(network):
+    """As of a card that is done with every layer before the next one is launched."""
+    layers = {
+        name: Layer(layer.in_channels, layer.out_channels, ((0.03,) * len(WIDTHS),) * len(WIDTHS))
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    }
+    return LatencyTable(layers)
+
+
+def test_a_share_that_the_table_does_not_reach_is_told_as_such():
+    network = residual()
+    with pytest.raises(Unreachable, match="latency=0.1 cannot be removed from residual: at 0.00") as told:
+        prune(network, some_images(), latency=0.1, table=flat_table(network), step=0.5)
+    assert told.value.most == 0 and isinstance(told.value, ValueError)
+    with pytest.raises(Unreachable) as told:
+        prune(network, some_images(), filters=0.95, step=0.5)
+    assert told.value.most == pytest.approx(0.85)  # three of twenty filters have to stay
+
+
 def test_points_above_a_line_are_compared_at_their_own_time():
     line = [(100.0, 90.0), (50.0, 70.0), (60.0, 80.0)]  # in any order
     assert above(line, [(80.0, 90.0), (55.0, 70.0), (100.0, 90.0)]) == pytest.approx([5.0, -5.0, 0.0])
@@ -346,6 +369,71 @@ def test_calls_are_timed_in_turn(teacher):
     seconds = interleaved([lambda: order.append("a"), lambda: order.append("b")], 3)
     assert "".join(order) == "ab" * 4 and seconds.shape == (3, 2) and (seconds >= 0).all()
     assert latencies([teacher, residual()], batch=2, repeats=3).shape == (3, 2)
+
+
+class Card:
+    """A pretended CUDA: its clock, in milliseconds, and what is launched or captured on it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.log, self.graph = 0.0, [], None
+        for name in ("Stream", "CUDAGraph", "Event"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name.lower()))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream())
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+
+    def launch(self, name, milliseconds):
+        if self.graph is None:
+            self.now += milliseconds
+            self.log.append(name)
+        else:
+            self.graph.append(milliseconds)
+
+    @contextmanager
+    def capture(self, graph, pool, stream):
+        assert pool == "pool"
+        self.graph = graph.calls
+        yield
+        self.graph = None
+
+    def stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def cudagraph(self):
+        graph = SimpleNamespace(calls=[])
+
+        def replay():
+            self.now += sum(graph.calls)
+            self.log.append(len(graph.calls))
+
+        graph.replay = replay
+        return graph
+
+    def event(self, enable_timing):
+        assert enable_timing
+        event = SimpleNamespace(synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda later: later.at - event.at
+        return event
+
+
+def test_on_a_card_calls_are_captured_and_timed_by_its_own_clock(monkeypatch):
+    card = Card(monkeypatch)
+    calls = [lambda: card.launch("a", 2.0), lambda: card.launch("b", 5.0)]
+    seconds = interleaved(calls, 3, torch.device("cuda"))
+    torch.testing.assert_close(seconds, torch.tensor([[0.002, 0.005]] * 3, dtype=torch.float64))
+    assert "a" in card.log and "b" in card.log  # first as they are: kernels are chosen
+    replays = [entry for entry in card.log if not isinstance(entry, str)]
+    assert replays == [20] * 2 * 4 and card.log[-len(replays) :] == replays
+
+
+def test_a_table_is_of_as_many_images_as_keep_the_device_busy(tiny):
+    assert [batch_of(torch.device(kind)) for kind in ("cpu", "cuda")] == [64, 1024]
+    assert LatencyTable.measure(tiny().freeze(), repeats=1).batch == 64
+    assert LatencyTable.measure(tiny().freeze(), batch=3, repeats=1).batch == 3
+    assert latencies([tiny().freeze()], repeats=1)[:, 1:].median(0).values.tolist() == []
 
 
 # ---- what is refused -----------------------------------------------------------------------------

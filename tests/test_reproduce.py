@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,16 +11,19 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dinv import reproduce
+from dinv.profiles import load_profile
 from dinv.reproduce import checks, cli, display, execution, report
+from dinv.runs import Run
 from dinv.runs.results import README_BEGIN, README_END, read_provenance, read_rows
 
 PARAMETERS = 'profile = "auto"  # smoke, cpu, gpu or paper\nseeds = 0\noverrides = {}'
 PLAIN = [
     "import os, sys",
-    "(profile, seeds, overrides, os.path.basename(os.getcwd()))",
+    "(profile, seeds, overrides, os.path.basename(os.getcwd()), os.environ['DINV_DEVICE'] != 'auto')",
     "sys.executable",
 ]
 STAGED = [
@@ -61,7 +65,7 @@ def module_patch():
 
 
 def isolate(patch, folder: Path) -> None:
-    for name in ("DEADLINE", "FORCE", "FORCE_SINCE", "PROGRESS", "PROFILE"):
+    for name in ("DEADLINE", "DEVICE", "FORCE", "FORCE_SINCE", "PROGRESS", "PROFILE"):
         patch.delenv(f"DINV_{name}", raising=False)
     patch.setenv("DINV_CACHE", str(folder / "runs"))
     patch.setenv("DINV_FIGURES", str(folder / "figures"))
@@ -120,6 +124,7 @@ def test_the_same_command_goes_on_and_ends_with_table_and_report(whole):
     assert status == 0 and err == ""
     lines = out.splitlines()
     assert lines[0].startswith("dinv: profile smoke, 3 seeds, inversion.steps=7; 2 notebooks; ")
+    assert re.search(r"; on (cpu|cuda): .+$", lines[0])
     assert lines[1] == "[1/2] 00_plain" and "[2/2] 01_staged" in lines
     assert "  count ten: started" in lines
     assert "93.26 [V]  93.20 ± 0.14 (2)     yes" in out
@@ -131,7 +136,7 @@ def test_the_kernel_is_this_interpreter_and_gets_the_parameters(whole):
     folder = whole[0]
     notebook = nbformat.read(folder / "notebooks" / "00_plain.ipynb", as_version=4)
     seen, interpreter = notebook.cells[3], notebook.cells[4]
-    expected = "('smoke', 3, {'inversion.steps': 7}, 'notebooks')"
+    expected = "('smoke', 3, {'inversion.steps': 7}, 'notebooks', True)"
     assert seen.outputs[0].data["text/plain"] == expected
     assert interpreter.outputs[0].data["text/plain"] == repr(sys.executable)
 
@@ -197,9 +202,14 @@ def test_a_misspelt_stage(whole):
 # ---- what ends early -----------------------------------------------------------------------------
 
 
-def test_a_failing_cell_is_shown_in_short(folder):
+def test_a_notebook_that_fails_does_not_stop_the_others(folder):
     write_notebook(folder / "notebooks" / "00_bad.ipynb", "x = 1", "def f():\n    1 / 0\nf()")
     write_notebook(folder / "notebooks" / "01_next.ipynb")
+    for name in ("00_bad", "01_next"):
+        run = Run(name, load_profile("smoke"))
+        run.record("own", f"row of {name}", "", "top1", [1.0], claim="it counts", holds=True)
+        run.finish()
+    (folder / "README.md").write_text(f"{README_BEGIN}\n{README_END}\n")
     before = (folder / "notebooks" / "00_bad.ipynb").read_bytes()
     status, out, err = command("--profile", "smoke", "--in-place")
     assert status == 1
@@ -207,8 +217,23 @@ def test_a_failing_cell_is_shown_in_short(folder):
     assert "\x1b" not in err and len(err.splitlines()) < 20
     partial = folder / "figures" / "smoke" / "notebooks" / "00_bad.ipynb"
     assert f"executed so far: {partial}" in err and "ZeroDivisionError" in partial.read_text()
-    assert "01_next" not in out
     assert (folder / "notebooks" / "00_bad.ipynb").read_bytes() == before
+
+    assert err.endswith("reproduce.sh: failed: 00_bad; the reasons stand above\n")
+    assert "[2/2] 01_next" in out and "\n1 of 2 done in " in out
+    assert "row of 01_next" in out and "row of 00_bad" not in out, "its results are an earlier run's"
+    assert "| row of 01_next |" in (folder / "README.md").read_text()
+    text = (folder / "figures" / "smoke" / "report.md").read_text()
+    assert "## 00_bad" in text and text.count("It failed when it was last run") == 1
+    assert "ZeroDivisionError" in partial.with_suffix(".html").read_text()
+
+
+def test_a_budget_that_ends_after_a_failure_tells_both(folder):
+    write_notebook(folder / "notebooks" / "00_bad.ipynb", "import time\ntime.sleep(3)\n1 / 0")
+    write_notebook(folder / "notebooks" / "01_next.ipynb")
+    status, out, err = command("--profile", "smoke", "--budget", "3s")
+    assert status == 75 and "Left: 01_next." in out and "reproduce.sh: failed: 00_bad;" in err
+    assert not (folder / "figures" / "smoke" / "report.md").exists()
 
 
 def test_a_budget_that_is_over_before_a_notebook_starts(folder):
@@ -250,6 +275,30 @@ def test_a_notebook_that_cannot_be_run_is_told_before_anything_runs(folder, cell
         write_notebook(path, **cells)
     status, _, err = command("--profile", "smoke")
     assert status == 2 and str(path) in err and message in err
+
+
+@pytest.mark.parametrize("argv", [["--profile", "gpu"], ["test", "--profile", "paper"], ["bench"]])
+def test_without_cuda_what_needs_it_is_refused(folder, monkeypatch, argv):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DINV_PROFILE", "gpu")  # for bench
+    write_notebook(folder / "notebooks" / "00_a.ipynb")
+    status, out, err = command(*argv)
+    assert status == 2 and out == "" and "needs a CUDA device, and there is none: torch" in err
+    assert not (folder / "figures").exists()
+    status, out, _ = command("--profile", "gpu", "--list")
+    assert status == 0 and "; needs a CUDA device, and there is none\n" in out
+    monkeypatch.setenv("DINV_DEVICE", "cpu")
+    assert "; on cpu: " in command("--profile", "gpu", "--dry-run")[1]
+
+
+def test_the_cpu_is_wished_for_although_there_is_a_card(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    write_notebook(folder / "notebooks" / "00_a.ipynb")
+    assert "profile gpu, " in (out := command("--dry-run")[1]) and "; on cuda: H100\n" in out
+    assert "; on cpu: " in command("--profile", "cpu", "--dry-run")[1]
+    monkeypatch.setenv("DINV_DEVICE", "cpu")
+    assert "profile cpu, " in (out := command("--dry-run")[1]) and "; on cpu: " in out
 
 
 def test_no_notebook(folder):

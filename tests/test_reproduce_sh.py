@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-START = ("reproduce/cli.py", "reproduce/clean.py", "reproduce/environment.py", "profiles.py")
+START = (
+    "reproduce/cli.py", "reproduce/clean.py", "reproduce/environment.py", "devices.py", "profiles.py",
+)  # fmt: skip
 WHOLE = "ANSWER = 42\n"
 # Stands in for dinv/reproduce/__main__.py: tells who runs, with what.
 STUB = """\
@@ -92,7 +94,7 @@ class House:
         env = {
             name: value
             for name, value in os.environ.items()
-            if name not in hidden and not name.startswith(("DINV_", "PIP_", "UV_"))
+            if name not in (*hidden, "WORLD_SIZE") and not name.startswith(("DINV_", "PIP_", "UV_"))
         }
         env |= {
             "HOME": str(self.root / "home"),
@@ -143,6 +145,28 @@ def test_misspelt_ends_before_anything_is_installed(house, line, message):
     assert not house.venv.exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("DINV_DEVICE", "gpu", "DINV_DEVICE='gpu': expected one of auto, cpu, cuda"),
+        ("WORLD_SIZE", "4", "torchrun: not yet (WORLD_SIZE=4)"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_ends_before_anything_is_installed(house, variable, value, message):
+    done = house.call(**{variable: value})
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not house.venv.exists()
+
+
+def test_another_shell_is_told_to_take_bash(house):
+    shell = shutil.which("dash") or shutil.which("sh")
+    done = subprocess.run([shell, "reproduce.sh", "--list"], cwd=house.root, capture_output=True, text=True)
+    if "bash" in os.path.realpath(shell):
+        pytest.skip(f"{shell} is bash")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "reproduce.sh: error: run it with bash: ./reproduce.sh or bash reproduce.sh\n"
+
+
 def test_help_installs_nothing_and_works_through_a_link(house, tmp_path):
     link = tmp_path / "bin" / "again"
     link.parent.mkdir()
@@ -152,7 +176,7 @@ def test_help_installs_nothing_and_works_through_a_link(house, tmp_path):
         ["bash", str(tmp_path / "bin" / "link"), "--help"], capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: ./reproduce.sh [reproduce|test|bench|clean]")
+    assert done.stdout.startswith("usage: ./reproduce.sh [reproduce|test|bench|lab|clean]")
     assert not house.venv.exists()
 
 

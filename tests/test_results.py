@@ -215,7 +215,7 @@ def test_mean_and_deviation_have_the_same_decimals(value, sd, text):
 def test_tables_and_columns_that_are_not_there():
     with pytest.raises(ValueError, match="no table 'table9' was recorded; there are: own, table1"):
         example_run().table("table9")
-    with pytest.raises(ValueError, match="no column top1 in a table; there are: table, row"):
+    with pytest.raises(ValueError, match="no column top1 in a table; there are: profile, table, row"):
         Table([], ["top1"])
 
 
@@ -260,8 +260,30 @@ def test_the_readme_shows_the_richest_profile(tmp_path, figures):
     assert text.startswith(f"before\n{README_BEGIN}\nProfile `cpu` on ")
     assert text.endswith(f"\n{README_END}\nafter\n")
     assert "| judge | top1 | – | 57.5 (1) | yes | rises |" in text
-    assert "detail" not in text and "stale" not in text
+    assert "detail" not in text and "stale" not in text and "| profile |" not in text
     assert not update_readme(readme, figures)
+
+
+def test_the_readme_takes_every_chapter_from_its_richest_profile(figures):
+    def chapter(name, profile, value):
+        run = new_run(name, profile)
+        run.record("own", "judge", "", "top1", [value], claim="rises", holds=True)
+        run.finish()
+
+    for name, profile, value in (
+        ("01_a", "cpu", 1.0), ("02_b", "cpu", 2.0), ("bench_inversion", "cpu", 3.0),
+        ("02_b", "smoke", 4.0), ("03_c", "smoke", 5.0), ("bench_inversion", "gpu", 6.0),
+    ):  # fmt: skip
+        chapter(name, profile, value)
+    text = results.readme_results(figures)
+    above, table = text.split("\n\n| profile |")
+    assert [line.split("`")[1::2] for line in above.split("\n\n")] == [
+        [name, f"./reproduce.sh --profile {name}"] for name in ("gpu", "cpu", "smoke")
+    ]
+    shown = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [(cells[0].strip("| "), cells[4]) for cells in shown] == [
+        ("cpu", "1 (1)"), ("cpu", "2 (1)"), ("smoke", "5 (1)"), ("gpu", "6 (1)"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["", f"{README_END}", f"{README_BEGIN}{README_BEGIN}{README_END}"])

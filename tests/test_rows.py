@@ -1,6 +1,7 @@
 """Table 1's rows: what they have in common, where they differ, and that they need no data."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -103,6 +104,24 @@ def test_rows_begin_with_the_same_weights_and_are_found_again(run):
     other = rows.distilled(run, "noise", PAIR, seed=1)
     assert chapters.digest(one.student) == chapters.digest(again.student) != chapters.digest(other.student)
     assert one.history == again.history
+
+
+@pytest.mark.parametrize("row, part", [("noise", "distillation"), ("generator", "generator")])
+def test_a_student_that_is_watched_at_other_rounds_is_another_stage(run, row, part):
+    def rounds(every):
+        changed = dataclasses.replace(getattr(run.profile, part), every=every)
+        run.profile = dataclasses.replace(run.profile, **{part: changed})
+        return [record["round"] for record in rows.distilled(run, row, PAIR).history if "real" in record]
+
+    assert rounds(1) == [1, 2, 3] and rounds(2) == [2] and rounds(3) == [3]
+
+
+def test_a_student_nobody_watches_has_the_key_it_always_had(run):
+    teacher, architecture = chapters.pair(run, PAIR)
+    images = rows.noise(teacher, 20, 0)
+    _, result = chapters.student(run, "x", teacher, architecture, images)
+    config = json.loads((result.path / "meta.json").read_text())["config"]
+    assert set(config) == {"student", "dataset", "seed", "settings", "images", "source"}
 
 
 def test_a_pair_names_a_teacher_of_the_profile(run):

@@ -1,7 +1,8 @@
 """`python -m dinv.reproduce`, what ./reproduce.sh runs: the notebooks in order, within a budget.
 
-Exit status: 0 all well; 1 a notebook or a check failed; 2 the command cannot be carried out as it
-is; 75 the time budget is used up, and the same command goes on; 130 interrupted.
+Exit status: 0 all well; 1 a notebook or a check failed, the others ran all the same; 2 the command
+cannot be carried out as it is, or not on this machine; 75 the time budget is used up, and the same
+command goes on; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from dinv import devices
 from dinv.profiles import PROFILES, Profile, flat, load_profile
 from dinv.reproduce import checks, cli, execution
 from dinv.reproduce.clean import clean as remove
 from dinv.reproduce.display import Display, duration
 from dinv.reproduce.report import write_report
+from dinv.runs import machine
 from dinv.runs.results import Table, headline, read_provenance, read_rows, update_readme
 from dinv.store import cache_root, figures_root, make_folder, repository_root
 
@@ -33,7 +36,9 @@ TRACEBACK_LINES = 12
 def main(argv: Sequence[str]) -> int:
     """Carry out one command; returns the exit status."""
     chosen = cli.parse(argv)
-    words = {"reproduce": reproduce, "test": checks.test, "bench": checks.bench, "clean": clean}
+    words = {
+        "reproduce": reproduce, "test": checks.test, "bench": checks.bench, "lab": lab, "clean": clean,
+    }  # fmt: skip
     try:
         if chosen.list:
             return show_list(plan(chosen))
@@ -48,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
 
 def clean(chosen: Namespace, argv: list[str]) -> int:
     remove(repository_root(), chosen.dry_run)
+    return OK
+
+
+def lab(chosen: Namespace, argv: list[str]) -> int:
+    execution.lab(cli.NOTEBOOKS, chosen.handed_on)
     return OK
 
 
@@ -92,7 +102,7 @@ class Plan:
 
 def plan(chosen: Namespace) -> Plan:
     """Check a command as far as it can be before anything runs; ValueError if it is wrong."""
-    profile = load_profile(chosen.profile, chosen.set)
+    profile = load_profile(devices.profile(chosen.profile), chosen.set)
     settings = flat(profile)
     overrides = {key: settings[key] for key in chosen.set}
     overrides = {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}
@@ -159,8 +169,17 @@ def title(todo: Plan) -> str:
     number = len(todo.notebooks)
     return (
         f"dinv: profile {todo.profile.name}, {seeds} seed{'s' * (seeds > 1)}{settings}; "
-        f"{number} notebook{'s' * (number > 1)}; results in {shown(todo.folder)}"
+        f"{number} notebook{'s' * (number > 1)}; results in {shown(todo.folder)}; {place(todo)}"
     )
+
+
+def place(todo: Plan) -> str:
+    """"on cpu: AMD EPYC, 2 threads", or that the profile cannot run here: to be listed it need not."""
+    try:
+        device = devices.pick(todo.profile.name)
+    except ValueError:
+        return "needs a CUDA device, and there is none"
+    return f"on {machine.described(device)}"
 
 
 def shown(path: Path) -> str:
@@ -186,6 +205,7 @@ def reproduce(chosen: Namespace, argv: list[str]) -> int:
     todo = plan(chosen)
     if chosen.dry_run:
         return show_plan(todo)
+    device = devices.pick(todo.profile.name)
     make_folder(todo.folder, "DINV_FIGURES")
     make_folder(cache_root(), "DINV_CACHE")
     started = time.time()
@@ -198,42 +218,62 @@ def reproduce(chosen: Namespace, argv: list[str]) -> int:
         variables = {
             "DINV_CACHE": str(cache_root()),
             "DINV_FIGURES": str(figures_root()),
+            "DINV_DEVICE": device,
             "DINV_PROGRESS": str(progress),
             "DINV_FORCE": ",".join(chosen.force),
             "DINV_FORCE_SINCE": str(started),
             "DINV_DEADLINE": "" if deadline == math.inf else str(deadline),
         }
         with execution.environment(variables):
-            status = run_all(todo, progress, deadline, chosen.in_place, argv)
-    if status != OK:
+            status, failed = run_all(todo, progress, deadline, chosen.in_place, argv)
+    if status == BUDGET_USED:
         return status
-    report = write_report(todo.folder, [path.stem for path in todo.notebooks])
+    # What the notebooks that did not fail have recorded is new: it is reported, and goes into the README.
+    report = write_report(todo.folder, [path.stem for path in todo.notebooks], failed)
     readme = cli.NOTEBOOKS.parent / "README.md"
     if chosen.in_place and figures_root() == readme.parent / "figures":  # the README shows its own figures
         update_readme(readme, figures_root())
-    show_results(todo)
-    print(f"\nAll done in {duration(time.time() - started)}. Report: {shown(report)}")
-    return OK
+    show_results(todo, failed)
+    done = f"{len(todo.notebooks) - len(failed)} of {len(todo.notebooks)}" if failed else "All"
+    print(f"\n{done} done in {duration(time.time() - started)}. Report: {shown(report)}", flush=True)
+    tell(failed)
+    return status
 
 
-def run_all(todo: Plan, progress: Path, deadline: float, in_place: bool, argv: list[str]) -> int:
-    """Run every notebook of the plan, as long as there is time."""
+def run_all(
+    todo: Plan, progress: Path, deadline: float, in_place: bool, argv: list[str]
+) -> tuple[int, list[str]]:
+    """Run every notebook of the plan, as long as there is time, also after one failed.
+
+    Returns:
+        OK, FAILED or BUDGET_USED, and the names of those that failed.
+    """
+    failed: list[str] = []
     for number, source in enumerate(todo.notebooks, 1):
-        if time.time() >= deadline:
-            return stopped(todo, number, argv)
-        print(f"[{number}/{len(todo.notebooks)}] {source.stem}", flush=True)
-        began = time.monotonic()
-        status = run_one(todo, source, progress)
+        status = BUDGET_USED
+        if time.time() < deadline:
+            print(f"[{number}/{len(todo.notebooks)}] {source.stem}", flush=True)
+            began = time.monotonic()
+            status = run_one(todo, source, progress)
         if status == BUDGET_USED:
-            return stopped(todo, number, argv)
-        if status != OK:
-            return status
+            tell(failed)
+            return stopped(todo, number, argv), failed
         output = executed(todo, source)
+        if output.exists():  # unless its process died at once
+            execution.write_html(output)
+        if status == FAILED:
+            failed.append(source.stem)
+            continue
         if in_place:
             execution.write_in_place(output, source)
-        execution.write_html(output)
         print(f"  done in {duration(time.monotonic() - began)}: {shown(output)}", flush=True)
-    return OK
+    return FAILED if failed else OK, failed
+
+
+def tell(failed: list[str]) -> None:
+    """Name the notebooks that failed, on stderr."""
+    if failed:
+        print(f"reproduce.sh: failed: {', '.join(failed)}; the reasons stand above", file=sys.stderr)
 
 
 def executed(todo: Plan, source: Path) -> Path:
@@ -283,9 +323,9 @@ def without_force(argv: list[str]) -> list[str]:
     return kept
 
 
-def show_results(todo: Plan) -> None:
+def show_results(todo: Plan, failed: Sequence[str] = ()) -> None:
     """The results of the notebooks that ran: what the paper has a number for, or a claim."""
-    names = [path.stem for path in todo.notebooks]
+    names = {path.stem for path in todo.notebooks} - set(failed)
     rows = [row for row in read_rows(todo.folder) if row["chapter"] in names]
     if rows:
         print(f"\n{Table(headline(rows), ('row', 'column', 'metric', 'paper', 'ours', 'holds'))}")

@@ -11,6 +11,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+from dinv import devices
+from dinv.profiles import load_profile
 from dinv.reproduce import cli, execution
 from dinv.reproduce.display import duration
 from dinv.store import repository_root
@@ -33,6 +35,7 @@ def test(chosen: Namespace, argv: list[str]) -> int:
         ],
     }  # fmt: skip
     profile = "smoke" if chosen.profile == "auto" else chosen.profile
+    devices.pick(profile)  # what would fail in every notebook is told now
     with tempfile.TemporaryDirectory(prefix="dinv-") as scratch, execution.own_kernel():
         variables = {
             "DINV_PROFILE": profile,
@@ -52,7 +55,13 @@ def bench(chosen: Namespace, argv: list[str]) -> int:
     scripts = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
     if not scripts:
         raise ValueError(f"there is no benchmark in {folder}")
-    with execution.environment({"PYTHONPATH": execution.python_path()}):
+    profile = load_profile(devices.profile(chosen.profile)).name
+    variables = {
+        "PYTHONPATH": execution.python_path(),
+        "DINV_PROFILE": profile,
+        "DINV_DEVICE": devices.pick(profile),
+    }
+    with execution.environment(variables):
         return run_all({path.stem: [sys.executable, str(path)] for path in scripts}, chosen)
 
 

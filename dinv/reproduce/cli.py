@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,16 +16,17 @@ from pathlib import Path
 from typing import NoReturn
 
 if __package__:
-    from dinv import profiles
+    from dinv import devices, profiles
 else:  # run by path: this folder is on the path, the package is not
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+    import devices
     import profiles
 
-WORDS = ("reproduce", "test", "bench", "clean")
+WORDS = ("reproduce", "test", "bench", "lab", "clean")
 PROFILES = ("auto", *profiles.PROFILES)
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
-_USAGE = "./reproduce.sh [reproduce|test|bench|clean] [options]"
+_USAGE = "./reproduce.sh [reproduce|test|bench|lab|clean] [options]"
 _DESCRIPTION = """\
 Reproduces the paper. Sets up what is missing on the first call: an active environment that already
 satisfies requirements.lock is used as it is, otherwise .venv is made beside this file.
@@ -33,6 +35,8 @@ words:
   reproduce   run the notebooks in order; make figures, tables and the report (the default)
   test        ruff, pytest and the notebooks' outputs by nbval
   bench       speed and memory, side by side with a plain loop
+  lab         JupyterLab on notebooks/, its Python kernel this environment; what stands after -- is
+              handed on to it
   clean       remove runs/ and the executed notebooks in figures/*/notebooks; keeps data/, .venv and
               every committed figure and table
 """
@@ -43,10 +47,17 @@ examples:
   ./reproduce.sh --budget 9m                       stop after nine minutes; the same line goes on
   ./reproduce.sh --set inversion.steps=400         one setting changed
   ./reproduce.sh test                              all checks
+  ./reproduce.sh lab -- --no-browser --port 8899   the notebooks, to read and to change
+  DINV_DEVICE=cpu ./reproduce.sh                   on the CPU although there is a card
 
-exit status: 0 all well; 1 a check or notebook failed; 2 misspelt; 75 the budget is used up.
-Stages are cached: what is done is not done again. DINV_PYTHON=/path/to/python runs in that
-environment although it differs from the lock; nothing is installed then.
+exit status: 0 all well; 1 a check or notebook failed; 2 misspelt, or it cannot run on this machine;
+75 the budget is used up. Stages are cached: what is done is not done again.
+
+environment variables:
+  DINV_DEVICE auto, cpu or cuda. auto is CUDA where it is, else the CPU; with profile cpu it is the
+              CPU. Profiles gpu and paper need CUDA, unless this says cpu.
+  DINV_PYTHON=/path/to/python runs in that environment although it differs from the lock; nothing is
+              installed then.
 """
 # Options that belong to one word; the others go with every word but `clean`.
 _ONLY_WITH = {"slow": "test", "in_place": "reproduce"}
@@ -58,17 +69,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Returns:
         word (one of WORDS), profile (one of PROFILES), only (notebooks' names, all of them if
         empty), seeds (0: the profile's number), budget (seconds or None), set (texts by dotted
-        name), force (stages' patterns), list, dry_run, slow, in_place.
+        name), force (stages' patterns), list, dry_run, slow, in_place, handed_on (what stands after
+        --).
 
     Raises:
-        SystemExit: 2 with a message on stderr for anything misspelt, 0 after --help.
+        SystemExit: 2 with a message on stderr for anything misspelt, DINV_DEVICE too; 0 after --help.
     """
     parser = _parser()
-    chosen, extra = parser.parse_known_args(argv)
+    ours = list(argv[: argv.index("--")] if "--" in argv else argv)
+    chosen, extra = parser.parse_known_args(ours)
     if extra:
         parser.error(_unexpected(extra[0]))
     if chosen.word not in WORDS:
         parser.error(_unknown_word(chosen.word))
+    _check_variables(parser)
     for option, word in _ONLY_WITH.items():
         if getattr(chosen, option) and chosen.word != word:
             flag = "--" + option.replace("_", "-")
@@ -78,6 +92,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         plain.dry_run = chosen.dry_run
         if chosen != plain:
             parser.error("`clean` takes no option but --dry-run")
+    if chosen.word == "lab" and chosen != parser.parse_args(["lab"]):
+        parser.error("`lab` takes none of these options; JupyterLab's stand after --: lab -- --port 8899")
+    chosen.handed_on = list(argv[len(ours) + 1 :])
+    if chosen.handed_on and chosen.word != "lab":
+        parser.error(f"what stands after -- is for `lab`, not for `{chosen.word}`")
     only = (name for text in chosen.only for name in _notebooks(parser, text))
     chosen.only = list(dict.fromkeys(only))
     chosen.force = [name for text in chosen.force for name in _split(text)]
@@ -89,6 +108,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--set: {error}")
     return chosen
+
+
+def _check_variables(parser: argparse.ArgumentParser) -> None:
+    try:
+        devices.wanted()
+    except ValueError as error:
+        parser.error(str(error))
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if processes != "1":
+        parser.error(
+            f"torchrun: not yet (WORLD_SIZE={processes}). One process on one device does it all: call "
+            "./reproduce.sh by itself"
+        )
 
 
 def seconds(text: str) -> float:

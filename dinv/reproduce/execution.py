@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,26 +34,40 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def own_kernel() -> Iterator[None]:
+def own_kernel(alone: bool = True) -> Iterator[None]:
     """Within, the kernel `python3` is this very interpreter and can import this `dinv`.
 
-    Neither kernels registered by others nor the user's Jupyter and IPython settings play a part.
+    Args:
+        alone: neither kernels registered by others nor the user's Jupyter and IPython settings play a
+            part. Otherwise they do, and the kernel is listed as "dinv" beside the others.
     """
     from ipykernel.kernelspec import write_kernel_spec
 
     with tempfile.TemporaryDirectory(prefix="dinv-") as folder:
         # of late ipykernel warns of unencrypted local TCP, and of every interrupt at the end
         quiet = ["--IPKernelApp.log_level=CRITICAL"]
-        write_kernel_spec(f"{folder}/jupyter/kernels/python3", extra_arguments=quiet)
+        name = {} if alone else {"display_name": "dinv"}
+        write_kernel_spec(f"{folder}/jupyter/kernels/python3", name, quiet)
         variables = {
             "JUPYTER_PATH": f"{folder}/jupyter",
-            "JUPYTER_RUNTIME_DIR": f"{folder}/runtime",
-            "IPYTHONDIR": f"{folder}/ipython",
             "PYTHONPATH": python_path(),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # ipykernel's debugger warns of frozen modules
         }
+        if alone:
+            variables |= {"JUPYTER_RUNTIME_DIR": f"{folder}/runtime", "IPYTHONDIR": f"{folder}/ipython"}
+        elif os.environ.get("JUPYTER_PATH"):
+            variables["JUPYTER_PATH"] += os.pathsep + os.environ["JUPYTER_PATH"]
         with environment(variables):
             yield
+
+
+def lab(folder: Path, arguments: Sequence[str]) -> None:
+    """JupyterLab on a folder with our own kernel, in this process, until it is stopped."""
+    from jupyterlab.labapp import LabApp
+
+    root = ["--allow-root"] if os.geteuid() == 0 else []
+    with own_kernel(alone=False):
+        LabApp.launch_instance([f"--ServerApp.root_dir={folder}", *root, *arguments])
 
 
 def python_path() -> str:

@@ -20,14 +20,14 @@ th, td {{ border: 1px solid #ccc; padding: .25em .6em; text-align: left }}
 """
 
 
-def write_report(folder: Path, ran: Sequence[str] = ()) -> Path:
+def write_report(folder: Path, ran: Sequence[str] = (), failed: Sequence[str] = ()) -> Path:
     """Write `report.md` and `report.html` into a profile's folder; returns the page.
 
-    All chapters with results are in it; those in `ran` are known to have an executed notebook.
+    All chapters with results are in it, and those that `ran`; of those that `failed` it says so.
     """
     from nbconvert.filters.markdown import markdown2html
 
-    text = report(folder, ran)
+    text = report(folder, ran, failed)
     write_text(folder / "report.md", text)
     body = markdown2html(text.replace(".ipynb)", ".html)"))
     page = folder / "report.html"
@@ -35,7 +35,7 @@ def write_report(folder: Path, ran: Sequence[str] = ()) -> Path:
     return page
 
 
-def report(folder: Path, ran: Sequence[str] = ()) -> str:
+def report(folder: Path, ran: Sequence[str] = (), failed: Sequence[str] = ()) -> str:
     """The report as Markdown."""
     rows, provenance = read_rows(folder), read_provenance(folder)
     parts = [f"# Results, profile {folder.name}"]
@@ -47,6 +47,8 @@ def report(folder: Path, ran: Sequence[str] = ()) -> str:
         notebook = folder / "notebooks" / f"{chapter}.ipynb"
         if notebook.exists():
             parts.append(f"[Executed notebook](notebooks/{notebook.name})")
+        if chapter in failed:
+            parts.append("**It failed when it was last run.** What stands below may be of an earlier run.")
         own = [row for row in rows if row["chapter"] == chapter]
         if own:
             parts.append(Table(own).markdown())

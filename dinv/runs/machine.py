@@ -12,6 +12,7 @@ from importlib import metadata
 import numpy
 import torch
 
+from dinv import devices
 from dinv.store import repository_root
 
 
@@ -28,7 +29,7 @@ def versions() -> dict[str, str]:
 def describe() -> dict:
     """Date, commit, versions, device and peak memory, for `provenance.json`."""
     commit, dirty = commit_of_package()
-    cuda = torch.cuda.is_available()
+    cuda = devices.current() == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
@@ -49,8 +50,19 @@ def peak_memory() -> int:
 
 
 def device_name() -> str:
-    """The accelerator's name where there is one, else the CPU's."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    """The name of what is computed on: the card's or the CPU's."""
+    return named(devices.current())
+
+
+def named(device: str) -> str:
+    """The name of the card for "cuda", of the CPU for "cpu"."""
+    return torch.cuda.get_device_name() if device == "cuda" else processor()
+
+
+def described(device: str) -> str:
+    """"cpu: AMD EPYC, 2 threads", "cuda: NVIDIA H100"."""
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    return f"{device}: {named(device)}{threads}"
 
 
 def processor() -> str:

@@ -160,14 +160,15 @@ def save_chapter(folder: Path, chapter: str, rows: Sequence[Row], provenance: di
 
 HEADERS = {"ours": "ours, mean ± sd (n)", "holds": "holds?"}
 CELLS = {"ours": mean_and_deviation, "paper": paper_number}
-DEFAULT_COLUMNS = ("table", "row", "column", "metric", "paper", "ours", "holds", "claim")
+DEFAULT_COLUMNS = ("profile", "table", "row", "column", "metric", "paper", "ours", "holds", "claim")
 
 
 class Table:
     """Rows of results as people read them; `str`, Markdown and HTML.
 
-    `columns` are names of `results.csv`, and "ours" for mean ± deviation (n). The default leaves
-    out what is empty everywhere, and a `table` that is the same everywhere.
+    `columns` are names of `results.csv`, "ours" for mean ± deviation (n), and "profile" where rows of
+    several are laid together. The default leaves out what is empty everywhere, and a `profile` or a
+    `table` that is the same everywhere.
     """
 
     def __init__(self, rows: Sequence[Row], columns: Sequence[str] | None = None):
@@ -184,14 +185,14 @@ class Table:
         found = {row.get(column, "") for row in self.rows}
         if column in ("paper", "ours"):
             return True
-        return len(found) > 1 or (column != "table" and found != {""})
+        return len(found) > 1 or (column not in ("profile", "table") and found != {""})
 
     @property
     def cells(self) -> list[list[str]]:
         """The header and the rows, as text."""
         header = [HEADERS.get(column, column) for column in self.columns]
         return [header] + [
-            [CELLS[column](row) if column in CELLS else row[column] for column in self.columns]
+            [CELLS[column](row) if column in CELLS else row.get(column, "") for column in self.columns]
             for row in self.rows
         ]
 
@@ -222,9 +223,18 @@ class Table:
 # ---- the README's table ------------------------------------------------------------------------
 
 
-def richest_profile(figures: Path) -> str | None:
-    """The profile nearest to the paper's that has results under `figures`."""
-    return next((name for name in RICHEST_FIRST if read_rows(figures / name)), None)
+def richest_rows(figures: Path) -> list[Row]:
+    """The rows under `figures`, of every chapter those of the profile nearest to the paper's that has any.
+
+    Each has its `profile` beside the columns of `results.csv`. A benchmark is a chapter like the others.
+    """
+    chapters: dict[str, list[Row]] = {}
+    for profile in RICHEST_FIRST:
+        found: dict[str, list[Row]] = {}
+        for row in read_rows(figures / profile):
+            found.setdefault(row["chapter"], []).append(row | {"profile": profile})
+        chapters = found | chapters
+    return [row for chapter in sorted(chapters) for row in chapters[chapter]]
 
 
 def headline(rows: Sequence[Row]) -> list[Row]:
@@ -234,16 +244,20 @@ def headline(rows: Sequence[Row]) -> list[Row]:
 
 def readme_results(figures: Path) -> str:
     """What stands between the README's markers: rows with a number of the paper or a claim."""
-    profile = richest_profile(figures)
-    if profile is None:
+    rows = headline(richest_rows(figures))
+    if not rows:
         return "No results yet: run `./reproduce.sh`."
-    rows = read_rows(figures / profile)
-    provenance = read_provenance(figures / profile).values()
-    devices = dict.fromkeys(entry["device"] for entry in provenance)
-    return (
-        f"Profile `{profile}` on {' and '.join(devices)}; "
-        f"again with `./reproduce.sh --profile {profile}`.\n\n{Table(headline(rows)).markdown()}"
-    )
+    lines = []
+    for profile in RICHEST_FIRST:
+        chapters = {row["chapter"] for row in rows if row["profile"] == profile}
+        provenance = read_provenance(figures / profile)
+        devices = dict.fromkeys(provenance[name]["device"] for name in sorted(chapters) if name in provenance)
+        if chapters:
+            lines.append(
+                f"Profile `{profile}` on {' and '.join(devices)}; "
+                f"again with `./reproduce.sh --profile {profile}`."
+            )
+    return "\n\n".join([*lines, Table(rows).markdown()])
 
 
 def update_readme(readme: Path, figures: Path) -> bool:
