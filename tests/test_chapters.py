@@ -100,8 +100,9 @@ def test_stage_seeds_differ_by_stage_and_by_seed():
 
 def test_settings_table_puts_the_papers_number_beside(run):
     table = chapters.settings_table(load_profile("cpu"), "inversion")
-    assert list(table.columns) == ["cpu profile", "paper"]
-    assert table.loc["inversion.steps", "paper"] == 2000
+    assert list(table.columns) == ["cpu profile", "the paper", "profile paper where the paper is silent"]
+    assert list(table.loc["inversion.steps"]) == ["80", "2000 [V]", ""]
+    assert list(table.loc["inversion.schedule"]) == ["cosine", "", "constant"]
     assert all(name.startswith("inversion.") for name in table.index)
     one_and_one = chapters.settings_table(load_profile("cpu"), "teacher", "seeds")
     assert list(one_and_one.index) == ["teacher", "seeds"]
