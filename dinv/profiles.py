@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
-SEEDED = ("octaves", "distillation", "generator", "pruning", "continual", "imagenet")  # parts with seeds of their own
+# parts with seeds of their own
+SEEDED = ("octaves", "distillation", "generator", "pruning", "continual", "imagenet")
 
 
 @dataclass(frozen=True)
