@@ -182,10 +182,10 @@ class Table:
         self.columns = tuple(columns or filter(self._worth_showing, DEFAULT_COLUMNS))
 
     def _worth_showing(self, column: str) -> bool:
-        found = {row.get(column, "") for row in self.rows}
-        if column in ("paper", "ours"):
+        if column == "ours":
             return True
-        return len(found) > 1 or (column not in ("profile", "table") and found != {""})
+        found = {row.get(column, "") for row in self.rows}
+        return len(found) > 1 or (column not in ("profile", "table") and found not in (set(), {""}))
 
     @property
     def cells(self) -> list[list[str]]:
