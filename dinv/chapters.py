@@ -293,7 +293,7 @@ def start(
     Args:
         profile, seeds, overrides: the notebook's parameters cell; `seeds` 0 keeps the profile's number.
     """
-    chosen = load_profile(devices.profile(profile), overrides)
+    chosen = load_profile(profile, overrides)
     devices.begin(chosen.name)
     if seeds:
         longest = {part: dataclasses.replace(getattr(chosen, part), seeds=seeds) for part in SEEDED}

@@ -26,13 +26,6 @@ def wanted() -> str:
     return choice
 
 
-def profile(name: str) -> str:
-    """A profile's name for `load_profile`: "auto" is not a card's where DINV_DEVICE says cpu."""
-    if name == "auto" and wanted() == "cpu":
-        return os.environ.get("DINV_PROFILE") or "cpu"
-    return name
-
-
 def pick(profile: str) -> str:
     """Where a profile computes, "cpu" or "cuda".
 

@@ -437,7 +437,7 @@ def load_profile(name: str = "auto", overrides: Mapping[str, Any] | None = None)
 
     Args:
         name: smoke, cpu, gpu or paper; "auto" is the environment variable DINV_PROFILE where it is
-            set, else gpu where CUDA is, else cpu.
+            set, else gpu where CUDA is and DINV_DEVICE is not cpu, else cpu.
         overrides: settings by dotted name, as `--set` gives them: {"inversion.steps": 400}. Text is
             read as a Python literal of the setting's type.
 

@@ -16,6 +16,7 @@ from dinv.profiles import PROFILES, as_dict, flat, load_profile
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     monkeypatch.delenv("DINV_PROFILE", raising=False)
+    monkeypatch.delenv("DINV_DEVICE", raising=False)
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -102,7 +102,7 @@ class Plan:
 
 def plan(chosen: Namespace) -> Plan:
     """Check a command as far as it can be before anything runs; ValueError if it is wrong."""
-    profile = load_profile(devices.profile(chosen.profile), chosen.set)
+    profile = load_profile(chosen.profile, chosen.set)
     settings = flat(profile)
     overrides = {key: settings[key] for key in chosen.set}
     overrides = {k: list(v) if isinstance(v, tuple) else v for k, v in overrides.items()}

@@ -55,7 +55,7 @@ def bench(chosen: Namespace, argv: list[str]) -> int:
     scripts = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
     if not scripts:
         raise ValueError(f"there is no benchmark in {folder}")
-    profile = load_profile(devices.profile(chosen.profile)).name
+    profile = load_profile(chosen.profile).name
     variables = {
         "PYTHONPATH": execution.python_path(),
         "DINV_PROFILE": profile,
