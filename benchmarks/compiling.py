@@ -1,4 +1,4 @@
-"""What compiling a step gains, with statistics and without: the rule of `step.compiling_pays`, measured.
+"""What compiling a step gains, with statistics and without: the rule of `compiling.compiling_pays`, measured.
 
     ./reproduce.sh bench
 
@@ -13,13 +13,12 @@ import time
 
 import torch
 
-from dinv.chapters import device
-from dinv.inversion import InversionSettings
+from dinv.experiments.device import device
+from dinv.experiments.profiles import load_profile
+from dinv.experiments.results import Run
 from dinv.models import Classifier, WeightsUnavailable, create_model, load_model
 from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
-from dinv.profiles import load_profile
-from dinv.runs import Run
-from dinv.step import inversion_step
+from dinv.step import Step
 
 CASES = {  # network -> (batch, size of the images, turns)
     "smoke": {"resnet_digits": (64, 8, 5)},
@@ -31,56 +30,55 @@ CASES = {  # network -> (batch, size of the images, turns)
     "gpu": {"resnet_small": (256, 32, 30), "cifar_resnet34": (256, 32, 30)},
 }
 PRIOR = CrossEntropy() + 2.5e-5 * TotalVariation() + 3e-8 * L2Norm()
-OBJECTIVES = {"deepdream": PRIOR, "deepinversion": PRIOR + 1.0 * FeatureStatistics("kl")}
+OBJECTIVES = {"DeepDream": PRIOR, "DeepInversion": PRIOR + 1.0 * FeatureStatistics("kl")}
 
 
 def seconds(
-    teacher: Classifier, objective: Objective, batch: int, size: int, turns: int
+    teacher: Classifier, objective: Objective, batch_size: int, size: int, turns: int
 ) -> list[list[float]]:
-    """Seconds of a plain step and of a compiled one, a pair a turn."""
-    shape, generator = (batch, teacher.channels, size, size), torch.Generator().manual_seed(0)
-    pixels = (
-        torch.randn(shape, generator=generator).to(device()).contiguous(memory_format=torch.channels_last)
-    )
-    labels = torch.arange(batch, device=device()) % len(teacher.classes)
-    steps = [
-        inversion_step(teacher, objective, InversionSettings(compile=how), batch)
-        for how in ("never", "always")
-    ]
+    """Seconds of plain steps and of compiled ones, one of each a turn."""
+    shape, generator = (batch_size, teacher.channels, size, size), torch.Generator().manual_seed(0)
+    pixels = torch.randn(shape, generator=generator).to(device())
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(batch_size, device=device()) % len(teacher.classes)
+    steps = [Step(teacher, objective, compiled) for compiled in (False, True)]
     weights = torch.tensor(steps[0].weights, device=device())
-    found: list[list[float]] = [[], []]
+    times: list[list[float]] = [[], []]
     for turn in range(turns + 2):  # two to warm up, the first of them compiles
-        for step, taken in zip(steps, found, strict=True):
+        for step, spent in zip(steps, times, strict=True):
             began = time.perf_counter()
             step(pixels, labels, weights)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn >= 2:
-                taken.append(time.perf_counter() - began)
-    return found
+                spent.append(time.perf_counter() - began)
+    return times
 
 
 def main() -> int:
     profile = load_profile("auto")
     run = Run("bench_compiling", profile)
     print(f"{'network':28} {'objective':14} {'plain':>8} {'compiled':>9}   ratio: median (least to most)")
-    for name, (batch, size, turns) in CASES.get(profile.name, CASES["gpu"]).items():
+    cells: dict[str, dict[str, float]] = {}
+    for name, (batch_size, size, turns) in CASES.get(profile.name, CASES["gpu"]).items():
         try:
             teacher = load_model(name) if ":" in name else create_model(name)
         except WeightsUnavailable as reason:
             print(f"no {name}: {reason}")
             continue
-        for row, objective in OBJECTIVES.items():
-            pair = seconds(teacher.to(device()).freeze(), objective, batch, size, turns)
+        for method, objective in OBJECTIVES.items():
+            pair = seconds(teacher.to(device()).freeze(), objective, batch_size, size, turns)
             ratios = sorted(plain / fast for plain, fast in zip(*pair, strict=True))
             ratio = statistics.median(ratios)
             plain, fast = (1e3 * statistics.median(side) for side in pair)
             print(
-                f"{name:28} {row:14} {plain:5.0f} ms {fast:6.0f} ms"
+                f"{name:28} {method:14} {plain:5.0f} ms {fast:6.0f} ms"
                 f"   {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
                 flush=True,
             )
-            run.record("compiling", row, name, "a plain step over a compiled one", [ratio])
+            cells.setdefault(name, {})[method] = ratio
+    if cells:
+        run.table("compiling", cells, "median ratio of a plain step to a compiled one")
     run.finish()
     return 0
 

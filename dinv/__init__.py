@@ -6,14 +6,15 @@ from dinv import (
 
 teacher, labels = load_model("resnet_small"), balanced_labels(64, 10)
 objective = CrossEntropy() + 2.5e-5 * TotalVariation() + 1.0 * FeatureStatistics()
-images = invert(teacher, labels, objective, InversionSettings(steps=100, rate=0.1, schedule="cosine")).images
+images = invert(teacher, labels, objective, InversionSettings(steps=100, lr=0.1, schedule="cosine")).images
 """
 
-from dinv.datasets import Dataset, load_dataset
-from dinv.distillation import DistillationSettings, PixelSource, ReadySource, distill
-from dinv.features import NoBatchNorm, Statistics, batchnorm_statistics, measure_statistics
+from dinv.continual import ContinualSettings, extend, learn
+from dinv.data import Dataset, load_dataset
+from dinv.distillation import DistillationSettings, DistillStep, FixedImages, InversionSource, distill
+from dinv.feature_statistics import NoBatchNorm, Statistics, batchnorm_statistics, measure_statistics
 from dinv.generator import GeneratorSettings, GeneratorSource, generate
-from dinv.inversion import Inversion, InversionSettings, NotFinite, balanced_labels, invert
+from dinv.inversion import Inversion, InversionSettings, Inverter, NotFinite, balanced_labels, invert
 from dinv.models import Classifier, create_model, load_model
 from dinv.objectives import (
     Competition,
@@ -25,43 +26,17 @@ from dinv.objectives import (
     TotalVariation,
 )
 from dinv.pool import Pool, synthesize
-from dinv.profiles import load_profile
-from dinv.runs import BudgetExceeded, Run
+from dinv.pruning import PruningSettings, load_pruned, prune
+from dinv.training import TrainingSettings, train
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BudgetExceeded",
-    "Classifier",
-    "Competition",
-    "CrossEntropy",
-    "Dataset",
-    "DistillationSettings",
-    "FeatureStatistics",
-    "GeneratorSettings",
-    "GeneratorSource",
-    "Inversion",
-    "InversionSettings",
-    "L2Norm",
-    "NoBatchNorm",
-    "NotFinite",
-    "Objective",
-    "PixelSource",
-    "Pool",
-    "ReadySource",
-    "Run",
-    "Statistics",
-    "Term",
-    "TotalVariation",
-    "balanced_labels",
-    "batchnorm_statistics",
-    "create_model",
-    "distill",
-    "generate",
-    "invert",
-    "load_dataset",
-    "load_model",
-    "load_profile",
-    "measure_statistics",
-    "synthesize",
-]
+    "Classifier", "Competition", "ContinualSettings", "CrossEntropy", "Dataset", "DistillStep",
+    "DistillationSettings", "FeatureStatistics", "FixedImages", "GeneratorSettings", "GeneratorSource",
+    "Inversion", "InversionSettings", "InversionSource", "Inverter", "L2Norm", "NoBatchNorm", "NotFinite",
+    "Objective", "Pool", "PruningSettings", "Statistics", "Term", "TotalVariation", "TrainingSettings",
+    "balanced_labels", "batchnorm_statistics", "create_model", "distill", "extend", "generate", "invert",
+    "learn", "load_dataset", "load_model", "load_pruned", "measure_statistics", "prune", "synthesize",
+    "train",
+]  # fmt: skip

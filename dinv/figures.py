@@ -1,420 +1,310 @@
-"""Every figure one function: tensors and numbers in, a matplotlib figure out.
+"""Every figure one function: tensors and numbers in, a matplotlib figure out. Nothing here computes a result.
 
-Images come as uint8 or as float in [0, 1], NCHW. Nothing here computes a result.
+5.5 inches wide, Okabe and Ito's colours; colour, marker and line style are fixed for each method, internal
+names ("adi") shown as `label(name)`. Images are uint8, or float in [0, 1], NCHW. Lines and bars
+take one number, or one per seed: then they show mean ± sample deviation, and n.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import math
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
 import torch
-from matplotlib.colors import to_hex
+from IPython import display, get_ipython
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
-COLORS = {
-    "noise": "0.6", "deepdream": "tab:orange", "deepinversion": "tab:blue", "adi": "tab:red",
-    "generator": "tab:green", "real": "0.2", "onesize": "tab:purple",
+WIDTH, GREY = 5.5, "#8c8c8c"
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+STYLES = {  # name as shown -> colour, marker, line style
+    "noise": (GREY, "X", ":"), "DeepDream": ("#E69F00", "s", "--"), "DeepInversion": ("#0072B2", "o", "-"),
+    "ADI": ("#D55E00", "D", "-."), "generator": ("#009E73", "^", ":"), "real images": ("#000000", "p", "-"),
+    "teacher": ("#56B4E9", "P", "-"), "verifier": ("#CC79A7", "v", "--"),
 }  # fmt: skip
+LABELS = {  # internal name -> name as shown
+    "real": "real images", "all real": "all real images", "1 % real": "1 % of the real images", "adi": "ADI",
+    "deepdream": "DeepDream", "deepinversion": "DeepInversion", "lwf.mc": "LwF.MC", "kl": "Taylor (KL)",
+}  # fmt: skip
+WORDS = {"->": " → ", "cifar_": "", "resnet_?": "ResNet-", "vgg_?": "VGG-", "efficientnet_": "EfficientNet-"}
+RC = {"figure.dpi": 140, "figure.constrained_layout.use": True, "legend.frameon": False}
+sns.set_theme("paper", "ticks", OKABE_ITO, font_scale=1.04, rc=RC)
+Lines = Mapping[str, tuple[Sequence[float], Any]]  # name -> x, values (points) or (seeds, points)
+
+
+def label(name: str) -> str:
+    """The name to show: "ADI" for "adi", "ResNet-34 → VGG-11" for "cifar_resnet34->cifar_vgg11"."""
+    for pattern, text in () if name in LABELS else WORDS.items():
+        name = re.sub(pattern, text, name)
+    return LABELS.get(name, name)
+
+
+def styles(names: Iterable[str], points: int = 1) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line style of each name: its own, else the next that no other name here has."""
+    own = {name: STYLES[label(name)] for name in names if label(name) in STYLES}
+    free = [color for color in OKABE_ITO if color not in {style[0] for style in own.values()}]
+    others = zip(itertools.cycle(free), itertools.cycle("o^sDvP"), itertools.cycle(("-", "--", ":", "-.")))
+    looks = {name: own.get(name) or next(others) for name in names}
+    return {name: (c, m if points <= 40 else "", line) for name, (c, m, line) in looks.items()}
 
 
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     """(N, C, H, W) as one (H', W', 3) float image in [0, 1]: row by row, white gaps."""
     images = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
-    if images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)
-    count, _, height, width = images.shape
-    rows = -(-count // columns)
-    canvas = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
-    for index, image in enumerate(images):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
-    return canvas
+    grid = make_grid(images, columns, padding=gap, pad_value=1.0)  # frames several images, but not one
+    return (grid[:, gap:-gap, gap:-gap] if len(images) > 1 else grid).permute(1, 2, 0)
 
 
 def first_of_each_class(images: Tensor, labels: Tensor, classes: int, each: int = 1) -> Tensor:
     """The first `each` images of every class, class after class: chosen by nothing else."""
-    picked = [images[(labels == k).nonzero().flatten()[:each].to(images.device)] for k in range(classes)]
-    return torch.cat(picked)
+    first = [(labels == k).nonzero().flatten()[:each] for k in range(classes)]
+    return images[torch.cat(first).to(images.device)]
 
 
-def image_grids(
-    grids: Mapping[str, Tensor], columns: int, titles: Sequence[str] = (), scale: float = 1.0
-) -> Figure:
-    """Grids of images side by side, one a method: the layout of the paper's Figure 3.
-
-    Args:
-        grids: title -> images, `columns` in a row.
-        titles: second lines below the titles, such as an accuracy.
-    """
-    canvases = {name: tile(images, columns) for name, images in grids.items()}
-    height, width = next(iter(canvases.values())).shape[:2]
-    side = 3.1 * scale
-    figure, axes = plt.subplots(
-        1, len(grids), figsize=(side * len(grids), side * height / width + 0.7), squeeze=False
-    )
-    for index, (axis, (name, canvas)) in enumerate(zip(axes[0], canvases.items(), strict=True)):
-        axis.imshow(canvas.numpy(), interpolation="nearest")
-        axis.set_title(f"{name}\n{titles[index]}" if titles else name, fontsize=9)
-        axis.axis("off")
-    figure.tight_layout()
+def image_grids(grids, columns: int, notes: Sequence[str] = (), across: int = 0) -> Figure:
+    """Grids of images, name -> (N, C, H, W), `columns` in a row; `across` grids (or all) side by side."""
+    pairs = list(grids.items()) if isinstance(grids, Mapping) else grids
+    canvases, across = [tile(images, columns).numpy() for _, images in pairs], across or len(pairs)
+    height = WIDTH / across * max(canvas.shape[0] / canvas.shape[1] for canvas in canvases)
+    figure, axes = _panels(len(pairs), across, height + 0.25)
+    for axis, (name, _), canvas, note in itertools.zip_longest(axes, pairs, canvases, notes, fillvalue=""):
+        axis.imshow(canvas, interpolation="nearest")
+        lines = [re.sub(r" (?=[\d%])", "\u00a0", text) for text in (label(name), note) if text]
+        lines = [textwrap.fill(line, 80 // across) for line in lines]
+        axis.set_title((": " if across == 1 else "\n").join(lines), fontsize=9)
+        _name_cells(axis)
     return figure
 
 
-def method_grids(
-    pools: Mapping[str, tuple[Tensor, Tensor]],
-    classes: Sequence[str],
-    notes: Sequence[str] = (),
-    each: int = 5,
-) -> Figure:
-    """Figure 3 of the paper: the same classes by every method, one row a class.
-
-    Args:
-        pools: method -> (images, labels).
-        notes: one line under each method's name.
-    """
-    grids = {
-        name: first_of_each_class(images, labels, len(classes), each)
-        for name, (images, labels) in pools.items()
-    }
-    figure = image_grids(grids, each, notes, scale=0.75)
-    axis = figure.axes[0]
-    step = axis.get_images()[0].get_array().shape[0] / len(classes)
-    axis.axis("on")
-    axis.set_xticks([])
-    axis.set_yticks([step * (k + 0.5) for k in range(len(classes))], classes, fontsize=7)
-    axis.tick_params(length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    figure.tight_layout()
+def method_grids(pools: Mapping, classes: Sequence[str], notes: Sequence[str] = (), each: int = 3) -> Figure:
+    """Figure 3 of the paper: method -> (images, labels), the first `each` of each class, one row a class."""
+    grids = {name: first_of_each_class(*pool, len(classes), each) for name, pool in pools.items()}
+    figure = image_grids(grids, each, notes)
+    _name_cells(figure.axes[0], classes)
     return figure
 
 
-def class_rows(
-    pools: Mapping[str, tuple[Tensor, Tensor]],
-    classes: Sequence[str],
-    notes: Sequence[str] = (),
-    each: int = 2,
-) -> Figure:
-    """The first `each` images of every class, a class a column, one panel below the other.
-
-    Args:
-        pools: method -> (images, labels).
-        notes: what is said after each method's name.
-    """
-    count = len(classes)
-    figure, axes = plt.subplots(len(pools), 1, figsize=(0.78 * count, (0.78 * each + 0.5) * len(pools)))
-    for index, (axis, (name, (images, labels))) in enumerate(zip(_list(axes), pools.items(), strict=True)):
-        found = first_of_each_class(images, labels, count, each)
-        rows = found.unflatten(0, (count, each)).transpose(0, 1).flatten(0, 1)
-        canvas = tile(rows, count)
-        axis.imshow(canvas.numpy(), interpolation="nearest")
-        axis.set_title(f"{name}: {notes[index]}" if notes else name, fontsize=10)
-        pitch = canvas.shape[1] / count
-        axis.set_xticks([pitch * (k + 0.5) for k in range(count)], classes, fontsize=9)
-        axis.set_yticks([])
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(False)
-    figure.tight_layout()
+def class_rows(pools: Mapping, classes: Sequence[str], notes: Sequence[str] = (), each: int = 2) -> Figure:
+    """Method -> (images, labels), the first `each` of every class, one column a class, one panel a method."""
+    count, order = len(classes), torch.arange(len(classes) * each).view(-1, each).T.flatten()
+    grids = {name: first_of_each_class(*pool, count, each)[order] for name, pool in pools.items()}
+    figure = image_grids(grids, count, notes, across=1)
+    _name_cells(figure.axes[-1], (), classes, rotation=30, ha="right", rotation_mode="anchor")
     return figure
 
 
 def named_images(images: Tensor, names: Sequence[str], columns: int = 4) -> Figure:
     """Images large enough to be looked at, each under its name: the layout of the paper's Figure 5."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.3 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, name in zip(axes.flat, images, names, strict=False):
-        axis.imshow(tile(image[None], 1).numpy(), interpolation="nearest")
-        axis.set_title(name, fontsize=9)
-    figure.tight_layout()
+    short = [textwrap.shorten(name, 80 // columns, placeholder=" …") for name in names]
+    return image_grids(list(zip(short, images.split(1), strict=True)), 1, across=columns)
+
+
+def film_strip(strips: Mapping[str, Tensor], steps: Sequence[int], names: Sequence[str]) -> Figure:
+    """Images on their way from noise: method -> (S, N, C, H, W); one column a step, one row an image."""
+    grids = {name: strip.transpose(0, 1).flatten(0, 1) for name, strip in strips.items()}
+    figure = image_grids(grids, len(steps), across=1)
+    for axis in figure.axes:
+        _name_cells(axis, names, [str(step) for step in steps] if axis is figure.axes[-1] else ())
+    figure.axes[-1].set_xlabel("iteration")
     return figure
 
 
-def emerging(columns: int = 4) -> Callable[[Any], None]:
-    """A callback for `invert` that shows the images as they are, in place of those before.
+def emerging(columns: int = 4) -> Callable:
+    """A callback for `invert`: shows the images as they are in place of those before, in a notebook only."""
+    handle, shown = display.DisplayHandle(), []
 
-    Where nothing is listening, as in a script, it shows nothing.
-    """
-    from IPython import get_ipython
-    from IPython.display import DisplayHandle, Image
-
-    handle = DisplayHandle()
-    begun = False
-
-    def callback(progress: Any) -> None:
-        nonlocal begun
-        if get_ipython() is None:
-            return
-        made = progress.images()
-        grid = image_grids({f"step {progress.step} of {progress.steps}": made}, min(columns, len(made)))
-        image = Image(data=png(grid), format="png")
-        handle.update(image) if begun else handle.display(image)
-        begun = True
+    def callback(progress) -> None:
+        if get_ipython() is not None:
+            figure = image_grids({f"step {progress.step} of {progress.steps}": progress.images()}, columns)
+            handle.display(display.Image(data=jpeg(png(figure)), format="jpeg"), update=bool(shown))
+            shown.append(progress.step)
 
     return callback
 
 
-def film_strip(strips: Mapping[str, Tensor], steps: Sequence[int], names: Sequence[str]) -> Figure:
-    """Images on their way from noise: one row an image, one column a step, one panel a method.
-
-    Args:
-        strips: method -> (S, N, C, H, W), S snapshots of N images.
-    """
-    columns = len(steps)
-    count = next(iter(strips.values())).shape[1]
-    figure, axes = plt.subplots(len(strips), 1, figsize=(columns * 1.05, len(strips) * count * 1.08))
-    for axis, (name, strip) in zip(_list(axes), strips.items(), strict=True):
-        canvas = tile(strip.transpose(0, 1).flatten(0, 1), columns)
-        axis.imshow(canvas.numpy(), interpolation="nearest")
-        pitch = canvas.shape[1] / columns
-        axis.set_xticks([pitch * (i + 0.5) for i in range(columns)], [str(s) for s in steps], fontsize=8)
-        pitch = canvas.shape[0] / count
-        axis.set_yticks([pitch * (i + 0.5) for i in range(count)], names, fontsize=8)
-        axis.tick_params(length=0)
-        axis.set_title(name, fontsize=9)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    _list(axes)[-1].set_xlabel("iteration")
-    figure.tight_layout()
-    return figure
-
-
-def scrubber(strips: Mapping[str, Tensor], steps: Sequence[int], columns: int) -> Any:
-    """A slider over snapshots: images on their way from noise, a step at a time; works without a kernel, too.
-
-    Args:
-        strips: method -> (S, N, C, H, W), S snapshots of N images, `columns` of them in a row.
-    """
-    import ipywidgets as widgets
-
-    def picture(index: int) -> widgets.Image:
-        figure = image_grids({name: strip[index] for name, strip in strips.items()}, columns)
-        return widgets.Image(value=jpeg(png(figure)), format="jpeg")
-
-    stack = widgets.Stack([picture(index) for index in range(len(steps))], selected_index=len(steps) - 1)
-    slider = widgets.SelectionSlider(options=[(str(s), i) for i, s in enumerate(steps)], index=len(steps) - 1)
-    slider.description = "iteration"
+def scrubber(strips: Mapping[str, Tensor], steps: Sequence[int], columns: int) -> widgets.VBox:
+    """A slider over snapshots, method -> (S, N, C, H, W), which works without a kernel, too."""
+    grids = [{name: strip[index] for name, strip in strips.items()} for index in range(len(steps))]
+    pictures = [widgets.Image(value=jpeg(png(image_grids(grid, columns))), format="jpeg") for grid in grids]
+    stack = widgets.Stack(pictures, selected_index=len(steps) - 1, layout={"max_width": "660px"})
+    options = {"options": [(str(s), i) for i, s in enumerate(steps)], "description": "iteration"}
+    slider = widgets.SelectionSlider(index=len(steps) - 1, **options)
     widgets.jslink((slider, "index"), (stack, "selected_index"))
     return widgets.VBox([slider, stack])
 
 
-def loss_curves(curves: Mapping[str, tuple[Sequence[str], Tensor]]) -> Figure:
-    """Every term of the objective over the iterations, one panel a term, one line a method.
-
-    Args:
-        curves: method -> (term names, values (steps, terms), unweighted).
-    """
-    names = list(dict.fromkeys(n for terms, _ in curves.values() for n in terms if n != "objective"))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 2.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for method, (terms, values) in curves.items():
-            if name in terms:
-                line = values[:, list(terms).index(name)]
-                axis.plot(range(1, len(line) + 1), line, label=method, color=color_of(method))
-        drawn = torch.cat([torch.as_tensor(line.get_ydata()) for line in axis.lines])
-        if drawn.min() > 0 and drawn.max() > 20 * drawn.min():
-            axis.set_yscale("log")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("iteration")
-    axes[0][0].set_ylabel("unweighted value")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    return figure
+def curve(x: Sequence[float], lines: Mapping[str, Any], xlabel: str, ylabel: str, **options) -> Figure:
+    """`curves` over one x axis."""
+    return curves({name: (x, values) for name, values in lines.items()}, xlabel, ylabel, **options)
 
 
-def layer_distances(
-    distances: Mapping[str, Tensor], ylabel: str = "distance to BatchNorm statistics"
-) -> Figure:
-    """Distance to the BatchNorm statistics, layer by layer, one line a kind of image."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.2))
-    colors = colors_of(distances)
-    for name, values in distances.items():
-        axis.plot(range(1, len(values) + 1), values, marker="o", ms=4, label=name, color=colors[name])
-    axis.set_yscale("log")
-    axis.set_xlabel("BatchNorm layer, from the image up")
-    axis.set_ylabel(ylabel)
-    axis.set_xticks(range(1, len(next(iter(distances.values()))) + 1))
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def accuracy_bars(
-    groups: Mapping[str, Mapping[str, Sequence[float]]],
-    ylabel: str = "top-1 accuracy, %",
-    chance: float = 0.0,
-) -> Figure:
-    """Accuracies as bars, with their sample deviation where n > 1: groups along x, one colour a judge.
-
-    Args:
-        groups: x label -> judge -> one accuracy a seed, percent.
-        chance: a dotted line at guessing.
-    """
-    judges = list(next(iter(groups.values())))
-    figure, axis = plt.subplots(figsize=(1.6 + 1.15 * len(groups), 3.0))
-    width = 0.8 / len(judges)
-    for offset, judge in enumerate(judges):
-        places = [i + (offset - (len(judges) - 1) / 2) * width for i in range(len(groups))]
-        values = [torch.tensor(list(group[judge])) for group in groups.values()]
-        heights = [v.mean().item() for v in values]
-        spread = [v.std().item() if len(v) > 1 else math.nan for v in values]
-        axis.bar(places, heights, width * 0.95, yerr=spread, capsize=3, label=judge)
-    if chance:
-        axis.axhline(chance, color="0.5", ls=":", lw=1, label="chance")
-    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axis.set_ylabel(ylabel)
-    axis.set_ylim(0, 105)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.tight_layout()
-    return figure
-
-
-def curve(
-    x: Sequence[float], lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, log: bool = False
-) -> Figure:
-    """Lines with markers over one x axis."""
-    figure = curves({name: (x, values) for name, values in lines.items()}, xlabel, ylabel)
-    axis = figure.axes[0]
+def curves(lines: Lines, xlabel: str, ylabel: str, log=False, logy=False, title="", marks=None) -> Figure:
+    """Lines, each with its own x; with `log` a tick at each x; `marks`: name -> x of a dotted line."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.4))
+    looks = styles(lines, max(len(x) for x, _ in lines.values()))
+    seeds = _draw(axis, lines, looks)
+    ticks = sorted({float(value) for x, _ in lines.values() for value in x})
     if log:
-        axis.set_xscale("symlog", linthresh=min((v for v in x if v > 0), default=1))
-        axis.set_xticks(list(x), [f"{v:g}" for v in x])
-        axis.minorticks_off()
-    figure.tight_layout()
-    return figure
+        least = min(tick for tick in ticks if tick > 0)
+        axis.set_xscale("symlog", linthresh=least)  # linear below the least x, so that 0 has a place
+        axis.set_xlim(-0.3 * least if ticks[0] <= 0 else 0.8 * least, 1.25 * ticks[-1])
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    elif all(tick.is_integer() for tick in ticks):
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    for name, place in (marks or {}).items():
+        axis.axvline(place, color=GREY, ls=":", lw=1, zorder=0)
+        axis.text(place, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", fontsize=8)
+    axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
+    return _finish(figure, title, looks, seeds)
 
 
-def curves(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str
-) -> Figure:
-    """Lines with markers, each with an x of its own."""
-    figure, axis = plt.subplots(figsize=(4.8, 3.0))
-    colors = colors_of(lines)
-    for name, (x, values) in lines.items():
-        axis.plot(x, values, marker="o", ms=4, label=name, color=colors[name])
-    if all(value == int(value) for x, _ in lines.values() for value in x):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
+def layer_distances(distances, ylabel: str = "distance to BatchNorm statistics", **options) -> Figure:
+    """Distance to the BatchNorm statistics, layer by layer: kind of image -> (layers) or (seeds, layers)."""
+    layers = range(1, np.shape(next(iter(distances.values())))[-1] + 1)
+    return curve(layers, distances, "BatchNorm layer, from the image up", ylabel, logy=True, **options)
 
 
-def progress(histories: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
-    """Figure 4 of the paper: accuracy on generated and on real images over the rounds, a panel a method.
-
-    Args:
-        histories: method -> (round, agreement on generated images, accuracy on real images), percent.
-    """
-    figure, axes = plt.subplots(
-        1, len(histories), figsize=(3.0 * len(histories), 2.7), sharey=True, squeeze=False
-    )
-    for axis, (name, history) in zip(axes[0], histories.items(), strict=True):
-        rounds, made, real = zip(*history, strict=True)
-        axis.plot(rounds, made, color=color_of(name), ls="--", label="generated images, by the teacher")
-        axis.plot(rounds, real, color=color_of("real"), label="real test images")
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("round")
-        axis.set_ylim(0, 100)
-    axes[0][0].set_ylabel("student's accuracy, %")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    return figure
+def loss_curves(curves: Mapping[str, tuple[Sequence[str], Tensor]], title: str = "") -> Figure:
+    """One panel a term, one line a method: method -> (term names, unweighted values (steps, terms))."""
+    names = list(dict.fromkeys(name for terms, _ in curves.values() for name in terms if name != "objective"))
+    looks = styles(curves, max(len(values) for _, values in curves.values()))
+    figure, axes = _panels(len(names), 2, 2.1)
+    for axis, term in zip(axes, names, strict=True):
+        lines = {m: v[:, list(terms).index(term)] for m, (terms, v) in curves.items() if term in terms}
+        values = torch.cat(list(lines.values()))
+        _draw(axis, {m: (range(1, len(v) + 1), v) for m, v in lines.items()}, looks)
+        axis.set(title=term, yscale="log" if 0 < 20 * values.min() < values.max() else "linear")
+    return _finish(figure, title, looks, labels=("iteration", "unweighted value"))
 
 
-def confusion(matrices: Mapping[str, Tensor], classes: Sequence[str]) -> Figure:
-    """Confusion matrices side by side, rows in percent: the true class down, the answer across."""
-    figure, axes = plt.subplots(
-        1, len(matrices), figsize=(3.6 * len(matrices) + 0.6, 3.5), sharey=True, squeeze=False
-    )
-    for axis, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-        shown = axis.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
-        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("answer")
-    axes[0][0].set_yticks(range(len(classes)), classes, fontsize=7)
-    axes[0][0].set_ylabel("true class")
-    figure.tight_layout()
-    figure.colorbar(shown, ax=axes[0].tolist(), shrink=0.8, label="%")
-    return figure
+def progress(histories: Mapping[str, Sequence[tuple]], xlabel: str = "round", title: str = "") -> Figure:
+    """Figure 4 of the paper: method -> (round, agreement on synthetic images, accuracy on real ones)."""
+    figure, axes = _panels(len(histories), 2, 2.1, sharex=True, sharey=True)
+    for axis, (name, history) in zip(axes, histories.items(), strict=True):
+        rounds, synthetic, real = zip(*history, strict=True)
+        axis.plot(rounds, synthetic, "--", rounds, real, "-", color=styles([name])[name][0])
+        axis.set(title=label(name), ylim=(0, 101))
+    kinds = {"synthetic images (teacher's answers)": ("0.3", "", "--"), "real test images": ("0.3", "", "-")}
+    return _finish(figure, title, kinds, labels=(xlabel, "student's accuracy, %"))
 
 
-def embedding(points: Mapping[str, Tensor], real: str = "real") -> Figure:
-    """Figure 7 of the paper: each kind of image over the real ones, in the first two principal components.
+def accuracy_bars(groups, xlabel="top-1 accuracy, %", chance=0.0, title="", ceilings=()) -> Figure:
+    """Bars: group (method) -> network -> %, one or one per seed; hatched: `ceilings`, with real data."""
+    bars = {(label(g), label(n)): values for g, row in groups.items() for n, values in row.items()}
+    cells = [(*name, float(v)) for name, vs in bars.items() for v in np.atleast_1d(vs)]
+    rows, names, values = zip(*cells, strict=True)
+    order = list(dict.fromkeys(rows))
+    looks = {name: (color, "s", "") for name, (color, _, _) in styles(dict.fromkeys(names)).items()}
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.9 + len(groups) * (0.16 + 0.2 * len(looks))))
+    options = {"saturation": 1, "errorbar": "sd", "capsize": 0.3, "err_kws": {"lw": 1}, "legend": False}
+    options["palette"] = [color for color, _, _ in looks.values()]
+    sns.barplot(x=values, y=rows, hue=names, order=order, hue_order=list(looks), ax=axis, **options)
+    for bar in itertools.chain(*axis.containers):
+        middle, mean = bar.get_y() + bar.get_height() / 2, bar.get_width()
+        axis.text(101, middle, f"{mean:.1f}", va="center", fontsize=8)
+        if order[round(middle)] in map(label, ceilings):
+            bar.set(hatch="///", edgecolor="white", linewidth=0)
+    if chance:
+        looks["chance"] = (axis.axvline(chance, color=GREY, ls=":", lw=1.2).get_color(), "", ":")
+    axis.set(xlabel=xlabel, xlim=(0, 100))
+    return _finish(figure, title, looks, max(map(np.size, bars.values())))
 
-    Args:
-        points: kind -> (N, 2).
-        real: the kind that lies behind all the others.
-    """
-    others = [name for name in points if name != real]
-    figure, axes = plt.subplots(
-        1, len(others), figsize=(3.2 * len(others), 3.1), sharex=True, sharey=True, squeeze=False
-    )
-    for axis, name in zip(axes[0], others, strict=True):
-        for kind in (real, name):
-            axis.scatter(*points[kind].T, s=3, alpha=0.5, lw=0, label=kind, color=color_of(kind))
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("first component")
-        axis.legend(fontsize=8, markerscale=3)
-    axes[0][0].set_ylabel("second component")
-    figure.tight_layout()
-    return figure
+
+def confusion(matrices: Mapping[str, Tensor], classes: Sequence[str], boundary: int = 0) -> Figure:
+    """True class down, answer across, rows in percent; a line after `boundary` classes: the old ones."""
+    figure, axes = _panels(len(matrices), 2, 3.0, sharey=True)
+    options = {"xticklabels": classes, "yticklabels": classes, "vmin": 0, "vmax": 100, "cmap": "Blues"}
+    options |= {"annot": len(classes) <= 12, "fmt": ".0f", "annot_kws": {"size": 6}, "cbar": False}
+    for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        sns.heatmap(matrix.numpy(), square=True, ax=axis, **options)
+        for line in (axis.axhline, axis.axvline) if boundary else ():
+            line(boundary, color="#D55E00", lw=1)
+        axis.tick_params(length=0, labelsize=8 if len(classes) <= 12 else 6)
+        axis.set_title(label(name), fontsize=9)
+    return _finish(figure, "", {}, labels=("answer", "true class"))
 
 
-def histograms(values: Mapping[str, Tensor], xlabel: str) -> Figure:
+def embedding(points: Mapping[str, Tensor], real: str = "real", title: str = "") -> Figure:
+    """Figure 7 of the paper: each kind's points (N, 2) over those of `real`, in two principal components."""
+    looks = {k: ("0.72" if k == real else color, "o", "") for k, (color, _, _) in styles(points).items()}
+    kinds = [name for name in points if name != real]
+    figure, axes = _panels(len(kinds), 2, 2.6, sharex=True, sharey=True)
+    for axis, kind in zip(axes, kinds, strict=True):
+        for name in (real, kind):
+            axis.scatter(*points[name].T, s=7, lw=0, alpha=0.6, color=looks[name][0])
+        axis.set_title(label(kind))
+    return _finish(figure, title, looks, labels=("first component", "second component"))
+
+
+def histograms(values: Mapping[str, Tensor], xlabel: str, title: str = "") -> Figure:
     """Densities of several sets of numbers over one axis."""
-    low = min(v.min().item() for v in values.values())
-    high = max(v.max().item() for v in values.values())
-    figure, axis = plt.subplots(figsize=(5.6, 2.8))
-    for name, numbers in values.items():
-        color = color_of(name)
-        axis.hist(
-            numbers, bins=60, range=(low, high), density=True, histtype="step", label=name, color=color
-        )
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel("density")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
+    edges = np.histogram_bin_edges(np.concatenate([numbers.numpy() for numbers in values.values()]), bins=50)
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.0))
+    options, looks = {"element": "step", "stat": "density", "fill": False}, styles(values, len(edges))
+    for name, (color, _, line) in looks.items():
+        sns.histplot(x=values[name].numpy(), bins=edges, color=color, ls=line, ax=axis, **options)
+    axis.set(xlabel=xlabel, ylabel="density")
+    return _finish(figure, title, looks)
 
 
-def color_of(name: str) -> str | None:
-    """One colour a method, the same in every figure; None lets matplotlib choose."""
-    return COLORS.get(name.lower().replace(" ", ""))
-
-
-def colors_of(names: Iterable[str]) -> dict[str, str]:
-    """`color_of` each, and for what has none the next of matplotlib's that no other name has."""
-    known = {name: color_of(name) for name in names}
-    cycle = itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-    taken = {to_hex(color) for color in known.values() if color}
-    free = (color for color in cycle if to_hex(color) not in taken)
-    return {name: color or next(free) for name, color in known.items()}
-
-
-def png(figure: Figure, dpi: int = 110) -> bytes:
+def png(figure: Figure) -> bytes:
     """The figure as PNG bytes without metadata that changes from run to run; closes the figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(buffer := io.BytesIO(), format="png", bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
 
 
 def jpeg(data: bytes, quality: int = 88) -> bytes:
-    """The same figure as JPEG: a third of the bytes of a PNG of photographs, and more than one of lines."""
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").save(buffer, format="jpeg", quality=quality)
+    """A PNG as JPEG: a third of its bytes for photographs, more than its bytes for lines."""
+    Image.open(io.BytesIO(data)).convert("RGB").save(buffer := io.BytesIO(), "jpeg", quality=quality)
     return buffer.getvalue()
 
 
-def _list(axes) -> list:
-    return [axes] if not hasattr(axes, "__len__") else list(axes)
+def _panels(count: int, columns: int, height: float, **share) -> tuple[Figure, list[plt.Axes]]:
+    rows, columns = -(-count // columns), min(columns, count)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows + 0.5), squeeze=False, **share)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def _name_cells(axis: plt.Axes, rows: Sequence[str] = (), columns: Sequence[str] = (), **options) -> None:
+    bottom, top, left, right = *axis.get_ylim(), *axis.get_xlim()
+    axis.set_yticks(np.linspace(top, bottom, 2 * len(rows) + 1)[1::2], rows, fontsize=8)
+    axis.set_xticks(np.linspace(left, right, 2 * len(columns) + 1)[1::2], columns, fontsize=8, **options)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+
+
+def _draw(axis: plt.Axes, lines: Lines, looks: Mapping[str, tuple]) -> int:
+    """Means and deviations over seeds; returns the number of seeds."""
+    seeds = max(len(np.atleast_2d(np.asarray(values))) for _, values in lines.values())
+    options = {"errorbar": "sd" if seeds > 1 else None, "err_style": "bars", "lw": 1.6, "mew": 0}
+    for name, (x, values) in lines.items():
+        places, values = np.asarray(x, float), np.atleast_2d(np.asarray(values, float))
+        look = dict(zip(("color", "marker", "ls"), looks[name], strict=True))
+        sns.lineplot(x=np.tile(places, len(values)), y=values.ravel(), ax=axis, **options, **look)
+    return seeds
+
+
+def _finish(figure: Figure, title: str, looks: Mapping, seeds: int = 1, labels=("", "")) -> Figure:
+    """Title and legend above the axes, where no line can lie under them; n in the corner."""
+    names = [label(name) for name in looks] if len(looks) > 1 else []
+    lines = [plt.Line2D([], [], color=c, marker=m, ls=ls) for c, m, ls in looks.values()][: len(names)]
+    columns = max(1, min(len(names), 84 // (6 + max(map(len, names), default=0))))
+    figure.legend(lines, names, title=textwrap.fill(title, 72), ncols=columns, loc="outside upper center")
+    figure.text(0.995, 0.005, f"± sd, n = {seeds}" if seeds > 1 else "", ha="right", fontsize=8)
+    figure.supxlabel(labels[0], fontsize=10)
+    figure.supylabel(labels[1], fontsize=10)
+    sns.despine(figure)
+    return figure

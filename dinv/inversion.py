@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinv.descent import Descent
-from dinv.models import Classifier
+from dinv.compiling import compiler_available, compiling_pays
+from dinv.models.classifier import Classifier
 from dinv.objectives import Objective, Term
-from dinv.step import inversion_step
+from dinv.pyramid import PyramidAdam
+from dinv.step import NotFinite, Step, jittered, require_finite
 
-VERSION = 1  # part of a pool's key: raise it when the same settings give other images
+__all__ = [
+    "Inversion", "InversionSettings", "Inverter", "NotFinite", "Progress", "Step", "balanced_labels",
+    "check_labels", "invert", "jittered", "require_finite",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,22 @@ class InversionSettings:
 
     Attributes:
         steps: iterations at the teacher's own image size (paper: 2,000 on CIFAR-10).
-        rate: Adam's learning rate, in normalised pixel units (paper: 0.05).
-        octaves, chroma: what Adam descends on, see `descent.Descent`; 1 and 0: the pixels (paper).
+        lr: Adam's learning rate, in normalised pixel units (paper: 0.05).
+        octaves, chroma_lr: what Adam descends on, see `PyramidAdam`; 1 and 0: the pixels (paper).
         betas: Adam's decay rates.
         schedule: "constant", as in the paper, or "cosine" down to zero.
         jitter: the batch is rolled by up to so many pixels either way before each step (paper: 2).
         flip: each image is mirrored with probability one half before each step.
         stages: multi-resolution schedule, pairs (steps, size) from coarse to fine; with it `steps` is
             not used. Between stages the images are resized, and Adam and the schedule start anew.
-        keep: "best", the images of the smallest objective seen, or "last".
-        compile: "auto" compiles where it pays (see `step.compiling_pays`), "always" or "never".
+        keep: "best", the images of the smallest objective so far, or "last".
+        compile: "auto" compiles where it pays (see `compiling_pays`), "always" or "never".
     """
 
     steps: int = 2000
-    rate: float = 0.05
+    lr: float = 0.05
     octaves: int = 1
-    chroma: float = 0.0
+    chroma_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: str = "constant"
     jitter: int = 2
@@ -59,31 +63,18 @@ class InversionSettings:
     compile: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("schedule", self.schedule, ("constant", "cosine")),
-            ("keep", self.keep, ("best", "last")),
-            ("compile", self.compile, ("auto", "always", "never")),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}: choose {', '.join(choices)}")
+        choices = {"schedule": ("constant", "cosine"), "keep": ("best", "last")}
+        for name, known in {**choices, "compile": ("auto", "always", "never")}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose {', '.join(known)}")
         if any(steps < 1 or size < 1 for steps, size in self.stages):
             raise ValueError(f"stages {self.stages} must be pairs of positive steps and size")
-        if not (self.steps >= 1 and 0 < self.rate < math.inf and self.jitter >= 0):
+        positive, others = (self.steps, self.lr, self.octaves), (self.jitter, self.chroma_lr)
+        if not (all(0 < x < math.inf for x in positive) and all(0 <= x < math.inf for x in others)):
             raise ValueError(
-                f"steps={self.steps} and rate={self.rate} must be positive, jitter={self.jitter} not negative"
+                f"steps={self.steps}, lr={self.lr} and octaves={self.octaves} must be positive, "
+                f"jitter={self.jitter} and chroma_lr={self.chroma_lr} not negative"
             )
-        if not (self.octaves >= 1 and 0 <= self.chroma < math.inf):
-            raise ValueError(f"octaves={self.octaves} must be positive, chroma={self.chroma} not negative")
-
-    def config(self) -> dict[str, Any]:
-        """In plain words and numbers: part of the key of what is made with them.
-
-        A descent on the pixels is not named, so that pools from before there was another are still found.
-        """
-        config = asdict(self)
-        if (self.octaves, self.chroma) == (1, 0):
-            del config["octaves"], config["chroma"]
-        return config
 
     def plan(self, size: int) -> tuple[tuple[int, int], ...]:
         """The (steps, size) pairs to run for a teacher of this image size."""
@@ -92,14 +83,14 @@ class InversionSettings:
 
 @dataclass
 class Inversion:
-    """What an inversion gives back.
+    """The result of an inversion.
 
     Attributes:
         images: float32 (N, C, H, W) in [0, 1].
         labels: int64 (N,).
-        losses: term name -> one unweighted value a step; "objective" is the weighted sum.
+        losses: term name -> one unweighted value per step; "objective" is the weighted sum.
         snapshots: step -> images (as above) on their way.
-        seconds: wall time, compilation included.
+        seconds, compile_seconds: wall time, and the part of it spent compiling.
         compiled: whether the compiled path ran.
     """
 
@@ -108,12 +99,13 @@ class Inversion:
     losses: dict[str, list[float]]
     snapshots: dict[int, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     compiled: bool = False
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told: steps done of how many, and the newest unweighted terms."""
+    """What a callback is told: steps done of how many, the newest unweighted terms, `images()`."""
 
     step: int
     steps: int
@@ -121,8 +113,108 @@ class Progress:
     images: Callable[[], Tensor]
 
 
-class NotFinite(FloatingPointError):
-    """A term of the objective left the real numbers."""
+class Inverter:
+    """`inverter(labels, seed=0)`, the same as `invert`, with one step kept for all calls.
+
+    Nothing is copied or compiled before the first call. Every call works with the weights that the teacher,
+    and a student that competes, have at that moment.
+    """
+
+    def __init__(
+        self, teacher: Classifier, objective: Objective | Term, settings: InversionSettings | None = None
+    ) -> None:
+        self.teacher, self.objective = teacher, 1.0 * objective
+        self.settings = settings or InversionSettings()
+        self._step: Step | None = None
+
+    def digest_parts(self) -> Any:
+        return self.teacher, self.objective, self.settings
+
+    def prepare(self, images: int) -> Step:
+        """The step, made the first time; "auto" compiles it if `images` images are worth it."""
+        if self._step is None:
+            compiled = self.settings.compile == "always"
+            if self.settings.compile == "auto":
+                plan = self.settings.plan(self.teacher.size)
+                reads = bool(self.objective.bind(self.teacher).layers())
+                compiled = compiling_pays(self.teacher, plan, images, reads)
+            compiled = compiled and compiler_available(self.teacher.mean.device)
+            self._step = Step(self.teacher, self.objective, compiled)
+        return self._step
+
+    def __call__(
+        self,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        snapshots: Sequence[int] = (),
+        callback: Callable[[Progress], None] | None = None,
+        every: int = 50,
+    ) -> Inversion:
+        """Invert one batch; arguments and errors are those of `invert`."""
+        began = time.perf_counter()
+        teacher, settings, device = self.teacher, self.settings, self.teacher.mean.device
+        labels = check_labels(labels, len(teacher.classes)).to(device)
+        plan = settings.plan(teacher.size)
+        total = sum(steps for steps, _ in plan)
+        if any(not 0 <= snapshot <= total for snapshot in snapshots) or every < 1:
+            raise ValueError(
+                f"snapshots {list(snapshots)} must lie in 0 to {total}, the number of steps, "
+                f"and every={every} be at least 1"
+            )
+        step = self.prepare(len(labels))
+        step.reload()
+        compiled_before = step.compile_seconds
+        generator = torch.Generator().manual_seed(seed)
+        low = (0 - teacher.mean) / teacher.std
+        high = (1 - teacher.mean) / teacher.std
+        weights = torch.tensor(step.weights, device=device)
+
+        def to_images(pixels: Tensor) -> Tensor:
+            return (pixels * teacher.std + teacher.mean).clamp(0, 1).contiguous()
+
+        noise = torch.randn((len(labels), teacher.channels, plan[0][1], plan[0][1]), generator=generator)
+        pixels = noise.to(device).contiguous(memory_format=torch.channels_last).clamp_(low, high)
+        history = torch.zeros(total, len(step.names) + 1, device=device)  # the terms, the gradient's sum
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        copies: dict[int, Tensor] = {}
+        done = 0
+        for steps, size in plan:
+            if pixels.shape[-1] != size:
+                pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            adam = PyramidAdam(pixels, settings.betas, settings.octaves, settings.chroma_lr)
+            best, best_pixels = torch.full((), math.inf, device=device), pixels.clone()
+            suspect = pixels
+            for index in range(steps):
+                if done in snapshots:
+                    copies[done] = to_images(pixels)
+                moved, restore = jittered(pixels, settings, generator)
+                terms, gradient = step(moved, labels, weights)
+                value = terms @ weights
+                best_pixels = torch.where(value < best, pixels, best_pixels)
+                best = torch.minimum(value, best)
+                history[done, :-1], history[done, -1] = terms, gradient.sum()
+                suspect = torch.where(finite, moved, suspect)  # stays where the gradient first was not finite
+                finite = finite & history[done, -1].isfinite()
+                adam.step(restore(gradient), _lr(settings, index, steps))
+                torch.maximum(torch.minimum(pixels, high, out=pixels), low, out=pixels)
+                done += 1
+                if done % every == 0 or index == steps - 1:
+                    find = partial(step.find_nonfinite_term, suspect, labels)
+                    require_finite(history[:done], max(0, done - every), step.names, find)
+                if callback is not None and (done % every == 0 or done == total):
+                    newest = dict(zip(step.names, history[done - 1].tolist(), strict=False))
+                    callback(Progress(done, total, newest, partial(to_images, pixels)))
+            if settings.keep == "best":
+                pixels = best_pixels.contiguous(memory_format=torch.channels_last)
+        if total in snapshots:
+            copies[total] = to_images(pixels)
+        losses = {name: history[:, i].tolist() for i, name in enumerate(step.names)}
+        losses["objective"] = (history[:, :-1] @ weights).tolist()
+        images, compile_seconds = to_images(pixels), step.compile_seconds - compiled_before
+        seconds = time.perf_counter() - began
+        return Inversion(images, labels, losses, copies, seconds, compile_seconds, step.compiled)
 
 
 def invert(
@@ -135,92 +227,25 @@ def invert(
     snapshots: Sequence[int] = (),
     callback: Callable[[Progress], None] | None = None,
     every: int = 50,
-    at_once: int = 0,
 ) -> Inversion:
     """Synthesise one batch of images that `teacher` takes for `labels`, from noise.
 
     Args:
         teacher: the trained network; its parameters and buffers stay as they are.
-        labels: (N,) integers, one wanted class an image.
+        labels: (N,) integers, the target class of each image.
         objective: a sum of terms, for instance CrossEntropy() + 10.0 * FeatureStatistics().
         seed: fixes noise, jitter and flips; the same seed on the same machine gives the same bytes.
         snapshots: steps before which the images are copied (0 is the noise).
         callback: called after every `every` steps and after the last.
-        at_once: images that go through the networks together: the memory of so many, while the statistics
-            are still those of the whole batch. It costs one more forward pass. 0 takes all.
 
     Raises:
         ValueError: labels empty, of a wrong type, or out of the teacher's range; objective all zero;
-            a snapshot that no step makes.
+            a snapshot at a step that is not made.
         NoBatchNorm: feature statistics of a network that keeps none.
         NotFinite: names the term that became NaN or infinite, itself or its gradient, and the step.
     """
-    began = time.perf_counter()
-    settings = settings or InversionSettings()
-    labels = check_labels(labels, len(teacher.classes))
-    device = teacher.mean.device
-    labels = labels.to(device)
-    objective = objective if isinstance(objective, Objective) else 1.0 * objective
-    if at_once < 0:
-        raise ValueError(f"at_once={at_once} must be a number of images, or 0 for all")
-    step = inversion_step(teacher, objective, settings, batch=len(labels), at_once=at_once)
-    generator = torch.Generator().manual_seed(seed)
-    plan = settings.plan(teacher.size)
-    total = sum(steps for steps, _ in plan)
-    if any(not 0 <= snapshot <= total for snapshot in snapshots) or every < 1:
-        raise ValueError(
-            f"snapshots {list(snapshots)} must lie in 0 to {total}, the number of steps, "
-            f"and every={every} be at least 1"
-        )
-    low = (0 - teacher.mean) / teacher.std
-    high = (1 - teacher.mean) / teacher.std
-    weights = torch.tensor(step.weights, device=device)
-
-    def to_images(pixels: Tensor) -> Tensor:
-        return (pixels * teacher.std + teacher.mean).clamp(0, 1).contiguous()
-
-    noise = torch.randn((len(labels), teacher.channels, plan[0][1], plan[0][1]), generator=generator)
-    pixels = noise.to(device).contiguous(memory_format=torch.channels_last)
-    pixels = pixels.clamp_(low, high)
-    history = torch.zeros(total, len(step.names) + 1, device=device)  # the terms, the gradient's sum
-    sound = torch.ones((), dtype=torch.bool, device=device)
-    taken: dict[int, Tensor] = {}
-    done = 0
-    for steps, size in plan:
-        if pixels.shape[-1] != size:
-            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        descent = Descent(pixels, settings.betas, settings.octaves, settings.chroma)
-        best, best_pixels = torch.full((), math.inf, device=device), pixels.clone()
-        suspect = pixels
-        for index in range(steps):
-            if done in snapshots:
-                taken[done] = to_images(pixels)
-            seen, restore = jittered(pixels, settings, generator)
-            terms, gradient = step(seen, labels, weights)
-            value = terms @ weights
-            best_pixels = torch.where(value < best, pixels, best_pixels)
-            best = torch.minimum(value, best)
-            history[done, :-1], history[done, -1] = terms, gradient.sum()
-            suspect = torch.where(sound, seen, suspect)  # stays where the gradient first was not finite
-            sound = sound & history[done, -1].isfinite()
-            descent.step(restore(gradient), _rate(settings, index, steps))
-            torch.maximum(torch.minimum(pixels, high, out=pixels), low, out=pixels)
-            done += 1
-            if done % every == 0 or index == steps - 1:
-                since = max(0, done - every)
-                require_finite(history[:done], since, step.names, partial(step.culprit, suspect, labels))
-            if callback is not None and (done % every == 0 or done == total):
-                newest = dict(zip(step.names, history[done - 1].tolist(), strict=False))
-                callback(Progress(done, total, newest, partial(to_images, pixels)))
-        pixels = pixels.detach()
-        if settings.keep == "best":
-            pixels = best_pixels.contiguous(memory_format=torch.channels_last)
-    if total in snapshots:
-        taken[total] = to_images(pixels)
-    losses = {name: history[:, i].tolist() for i, name in enumerate(step.names)}
-    losses["objective"] = (history[:, :-1] @ weights).tolist()
-    return Inversion(to_images(pixels), labels, losses, taken, time.perf_counter() - began, step.compiled)
+    inverter = Inverter(teacher, objective, settings)
+    return inverter(labels, seed=seed, snapshots=snapshots, callback=callback, every=every)
 
 
 def check_labels(labels: Tensor, classes: int) -> Tensor:
@@ -228,7 +253,7 @@ def check_labels(labels: Tensor, classes: int) -> Tensor:
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
         raise ValueError(
-            f"labels must be one integer an image, got shape {tuple(labels.shape)}, {labels.dtype}"
+            f"labels must be one integer per image, got shape {tuple(labels.shape)}, {labels.dtype}"
         )
     if labels.numel() == 0:
         raise ValueError("labels are empty: at least one image is needed")
@@ -246,46 +271,7 @@ def balanced_labels(count: int, classes: int) -> Tensor:
     return torch.arange(count) % classes
 
 
-def _rate(settings: InversionSettings, index: int, steps: int) -> float:
+def _lr(settings: InversionSettings, index: int, steps: int) -> float:
     if settings.schedule == "constant":
-        return settings.rate
-    return settings.rate * 0.5 * (1 + math.cos(math.pi * index / steps))
-
-
-def jittered(
-    pixels: Tensor, settings: Any, generator: torch.Generator
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Roll the batch and flip some images; also the way back for the gradient.
-
-    Both only permute pixels, so the gradient comes back by the inverse permutation, and the compiled
-    step sees one fixed graph, whatever the offsets.
-    """
-    span = 2 * settings.jitter + 1
-    down, right = (torch.randint(span, (2,), generator=generator) - settings.jitter).tolist()
-    mask = None
-    if settings.flip:
-        mask = torch.rand(len(pixels), 1, 1, 1, generator=generator).to(pixels.device) < 0.5
-
-    def mirror(x: Tensor) -> Tensor:
-        return x if mask is None else torch.where(mask, x.flip(3), x)
-
-    def restore(gradient: Tensor) -> Tensor:
-        back = torch.roll(mirror(gradient), (-down, -right), (2, 3))
-        return back.contiguous(memory_format=torch.channels_last)
-
-    seen = mirror(torch.roll(pixels.detach(), (down, right), (2, 3)))
-    return seen.contiguous(memory_format=torch.channels_last), restore
-
-
-def require_finite(
-    history: Tensor, since: int, names: Sequence[str], culprit: Callable[[], str]
-) -> None:
-    """Raise NotFinite at the first row from `since` on that is not: its terms, then their gradient."""
-    bad = (~history[since:].isfinite()).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
-        what = names[column] if column < len(names) else f"the gradient of {culprit()}"
-        raise NotFinite(
-            f"{what} became {history[since + row, column].item()} at step {since + row + 1}: "
-            "lower the learning rate or that term's weight"
-        )
+        return settings.lr
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * index / steps))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from timeit import timeit
 
 import numpy as np
 import torch
@@ -16,16 +15,12 @@ from torch import Tensor, nn
 
 from dinv.models import Classifier, inputs_of
 
-if TYPE_CHECKING:
-    from dinv.pruning import Group
-
-VERSION = 2  # part of a measured table's key: raise it when a table holds something else
 CALLS = 20  # in one CUDA graph
 WIDTHS = (0.25, 0.5, 0.75, 1.0)  # shares of its channels at which a layer is measured
 
 
 def batch_of(device: torch.device) -> int:
-    """Images that latency is taken of. With few of them a card is done with any layer equally soon."""
+    """Images in a timed batch. With few of them a GPU takes equally long for a layer of any width."""
     return 1024 if device.type == "cuda" else 64
 
 
@@ -34,25 +29,19 @@ def interleaved(
 ) -> Tensor:
     """Seconds of every call, float64 (repeats, calls), taken in turn so that a slow moment hits them all.
 
-    On a card they are taken as `_captured` says: a call must be work of fixed shapes for it alone.
+    On CUDA each call is captured as a graph (see `_captured`): it must be GPU work of fixed shapes.
     """
     cuda = device is not None and device.type == "cuda"
     with torch.cuda.device(device) if cuda else nullcontext():
-        timers = _captured(calls) if cuda else [partial(_clocked, call) for call in calls]
+        timers = _captured(calls) if cuda else [partial(timeit, call, number=1) for call in calls]
         for timer in timers:
             timer()  # memory, kernels
         rows = [[timer() for timer in timers] for _ in range(repeats)]
     return torch.tensor(rows, dtype=torch.float64).view(repeats, len(calls))
 
 
-def _clocked(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def _captured(calls: Sequence[Callable[[], object]]) -> list[Callable[[], float]]:
-    """What gives the seconds of every call on a card: `CALLS` of them as one CUDA graph, by the card's clock.
+    """Timers of the calls on CUDA: each replays `CALLS` of them as one graph, timed by the GPU's clock.
 
     Launched one by one, calls as short as a layer's last as long as their launch, at any width.
     """
@@ -72,37 +61,36 @@ def _captured(calls: Sequence[Callable[[], object]]) -> list[Callable[[], float]
 
 
 def _replayed(graph: torch.cuda.CUDAGraph) -> float:
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     graph.replay()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended) / 1e3 / CALLS
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / CALLS
+
+
+def _forward(module: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    images = images.contiguous(memory_format=torch.channels_last)
+    return torch.no_grad()(lambda: module(images))
 
 
 @torch.no_grad()
-def latencies(networks: Sequence[Classifier], batch: int | None = None, repeats: int = 15) -> Tensor:
-    """Seconds a batch takes through every network, float64 (repeats, networks); take medians of ratios.
-
-    Args:
-        batch: images; by default `batch_of` the device.
-    """
+def latencies(networks: Sequence[Classifier], batch_size: int | None = None, repeats: int = 15) -> Tensor:
+    """Seconds per batch of every network, float64 (repeats, networks); compare by medians of ratios."""
     device = networks[0].mean.device
-    batch = batch or batch_of(device)
+    count = batch_size or batch_of(device)
     calls = []
     for network in networks:
         network = copy.deepcopy(network).freeze().to(memory_format=torch.channels_last)
-        images = torch.rand(batch, network.channels, network.size, network.size, device=device)
-        calls.append(_Call(network, images.contiguous(memory_format=torch.channels_last)))
+        images = torch.rand(count, network.channels, network.size, network.size, device=device)
+        calls.append(_forward(network, images))
     return interleaved(calls, repeats, device)
 
 
 def above(line: Sequence[tuple[float, float]], points: Sequence[tuple[float, float]]) -> list[float]:
-    """By how much points (time, accuracy) lie above a line through others, at their own time.
+    """How far points (time, accuracy) lie above the straight segments through `line`, at their own time.
 
-    Args:
-        line: points in any order; between two neighbours in time the line is straight.
-        points: those outside the line's times are left out.
+    The order of `line` does not matter; points outside its times are left out.
     """
     times, heights = zip(*sorted(line), strict=True)
     within = [(time, height) for time, height in points if times[0] <= time <= times[-1]]
@@ -114,7 +102,7 @@ class Layer:
     """Measured latencies of a convolution with its BatchNorm and activation.
 
     Attributes:
-        inputs, outputs: channels of the whole layer.
+        inputs, outputs: channels at full width.
         milliseconds: by share of inputs, then of outputs, at `WIDTHS`.
     """
 
@@ -133,100 +121,76 @@ class Layer:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What every convolution of a network costs on this device, as its width changes.
+    """What every convolution of a network costs on this device, by its width (paper, section 4.3).
 
     Attributes:
         layers: by name.
-        batch: images that take so many milliseconds.
+        batch_size: images that take so many milliseconds.
     """
 
     layers: dict[str, Layer]
-    batch: int = 64
+    batch_size: int = 64
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, network: Classifier, batch: int | None = None, repeats: int = 7) -> LatencyTable:
-        """Measure `network`, layer by layer, in float32. A table holds for this device and this batch.
-
-        Args:
-            batch: images; by default `batch_of` the device.
-        """
-        convolutions = {
-            name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)
-        }
+    def measure(cls, network: Classifier, batch_size: int | None = None, repeats: int = 7) -> LatencyTable:
+        """Measure `network`, layer by layer, in float32. It holds for this device and batch size."""
+        convolutions = _convolutions(network)
         device = network.mean.device
-        batch = batch or batch_of(device)
+        count = batch_size or batch_of(device)
         with ExitStack() as stack:
-            seen = {name: stack.enter_context(inputs_of(layer)) for name, layer in convolutions.items()}
+            inputs = {name: stack.enter_context(inputs_of(layer)) for name, layer in convolutions.items()}
             network(torch.zeros(1, network.channels, network.size, network.size, device=device))
         layers = {}
         for name, layer in convolutions.items():
             fixed = 1 < layer.groups == layer.in_channels or name == next(iter(convolutions))
-            sides = (1.0,) if fixed else WIDTHS  # of a depthwise layer's inputs there are as many as outputs
+            sides = (1.0,) if fixed else WIDTHS  # a depthwise layer has as many inputs as outputs
             units = [(side, out) for side in sides for out in WIDTHS]
-            calls = [_unit(layer, seen[name][0].shape, batch, *unit, device) for unit in units]
+            calls = [_unit(layer, inputs[name][0].shape, count, *unit, device) for unit in units]
             medians = (1e3 * interleaved(calls, repeats, device).median(0).values).view(len(sides), -1)
             cells = tuple(tuple(row) for row in medians.expand(len(WIDTHS), -1).tolist())
             layers[name] = Layer(layer.in_channels, layer.out_channels, cells)
-        return cls(layers, batch)
+        return cls(layers, count)
 
     def of(self, network: nn.Module) -> float:
         """Milliseconds of `network`, the measured one with fewer channels: the sum over its convolutions."""
-        return sum(
-            self.layers[name].at(layer.in_channels, layer.out_channels)
-            for name, layer in network.named_modules()
-            if isinstance(layer, nn.Conv2d)
-        )
+        widths = {name: (c.in_channels, c.out_channels) for name, c in _convolutions(network).items()}
+        return sum(self.layers[name].at(*channels) for name, channels in widths.items())
 
-    def saving(self, network: nn.Module, group: Group) -> float:
-        """Milliseconds saved by one channel less of `group`, those that it feeds included."""
-        makers = {member.name for member in group.convolutions}
+    def saving(self, network: nn.Module, makers: Collection[str], consumers: Collection[str]) -> float:
+        """Milliseconds saved when the layers named `makers` lose an output and `consumers` an input.
+
+        Only convolutions count.
+        """
         saved = 0.0
-        for name, layer in network.named_modules():
-            if not isinstance(layer, nn.Conv2d) or not (name in makers or name in group.consumers):
-                continue
-            inputs, outputs = layer.in_channels, layer.out_channels
-            fewer = inputs - (name in group.consumers), outputs - (name in makers)
-            saved += self.layers[name].at(inputs, outputs) - self.layers[name].at(*fewer)
+        for name, layer in _convolutions(network).items():
+            if name in makers or name in consumers:
+                inputs, outputs = layer.in_channels, layer.out_channels
+                fewer = inputs - (name in consumers), outputs - (name in makers)
+                saved += self.layers[name].at(inputs, outputs) - self.layers[name].at(*fewer)
         return saved
 
-    def config(self) -> dict[str, dict]:
-        """The layers in plain words and numbers."""
-        return {name: asdict(layer) for name, layer in self.layers.items()}
 
-
-class _Call:
-    def __init__(self, module: nn.Module, images: Tensor) -> None:
-        self.module, self.images = module, images
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        return self.module(self.images)
+def _convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)}
 
 
 def _unit(
-    layer: nn.Conv2d, shape: torch.Size, batch: int, side: float, out: float, device: torch.device
-) -> _Call:
-    """A convolution like `layer` at these shares of its width, with BatchNorm and activation."""
+    layer: nn.Conv2d, shape: torch.Size, count: int, side: float, out: float, device: torch.device
+) -> Callable[[], Tensor]:
+    """A call of a convolution like `layer` at these shares of its width, with BatchNorm and activation."""
     outputs = max(1, round(out * layer.out_channels))
     inputs = max(1, round(side * layer.in_channels))
     groups = 1
-    if layer.groups > 1:  # what is left of the groups, each as wide as before
+    if layer.groups > 1:  # fewer groups, each as wide as before
         groups = max(1, round(out * layer.groups))
-        inputs, outputs = (
-            groups * (width // layer.groups) for width in (layer.in_channels, layer.out_channels)
-        )
-    unit = nn.Sequential(
-        nn.Conv2d(
-            inputs, outputs, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups,
-            bias=layer.bias is not None,
-        ),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )  # fmt: skip
+        inputs = groups * (layer.in_channels // layer.groups)
+        outputs = groups * (layer.out_channels // layer.groups)
+    window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    convolution = nn.Conv2d(inputs, outputs, *window, groups, bias=layer.bias is not None)
+    unit = nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
     unit = unit.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    images = torch.rand(batch, inputs, *shape[2:], device=device)
-    return _Call(unit, images.contiguous(memory_format=torch.channels_last))
+    return _forward(unit, torch.rand(count, inputs, *shape[2:], device=device))
 
 
 def _place(share: float) -> tuple[int, float]:

@@ -1,65 +1,54 @@
-"""What the images are worth: to the teacher, to a network that took no part, to its statistics."""
+"""What the images are worth: to the teacher, to a network that took no part, beside real images."""
 
 from __future__ import annotations
 
-import math
-import statistics
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 
-from dinv.features import (
-    Statistics,
-    batchnorm_statistics,
-    layer_distances,
-    measure_statistics,
-)
+from dinv.feature_statistics import Statistics, batchnorm_statistics, layer_distances, measure_statistics
 from dinv.models import Classifier, evaluating, inputs_of, resized, to_float
 from dinv.training import accuracy, predict
 
 __all__ = [
-    "Cover", "accuracy", "agreement", "confidence", "confusion", "cover", "embed", "feature_distances",
-    "nearest", "predict",
+    "PRDC", "accuracy", "agreement", "confidence", "confusion_matrix", "diversity", "embed", "predict",
+    "feature_distances", "inception_score", "nearest_neighbors", "prdc", "spectrum", "topk_accuracy",
 ]  # fmt: skip
 
 
 def feature_distances(
     model: Classifier,
     images: Tensor,
-    batch: int = 256,
+    batch_size: int = 256,
     distance: str = "l2",
     reference: Statistics | None = None,
 ) -> Tensor:
-    """Distance of the images' feature statistics to the network's own, layer by layer.
+    """Distance of the images' feature statistics to the network's own: float32 (layers,), sum R_feature.
 
-    A batch's statistics move with its size, so the images are taken `batch` at a time, the last
-    incomplete batch left out, and the distances are averaged over the batches.
+    A batch's statistics depend on its size, so the images are measured `batch_size` at a time, without
+    the last incomplete batch, and the distances are averaged over the batches.
 
     Args:
-        images: (N, C, H, W), uint8 or float32 in [0, 1], N at least `batch`.
-        reference: what to compare with; by default the BatchNorm buffers.
-
-    Returns:
-        float32 (layers,). Their sum is R_feature.
+        images: (N, C, H, W), uint8 or float32 in [0, 1], N at least `batch_size`, else a ValueError.
+        distance: "l2" or "kl".
+        reference: the statistics to compare with; by default the BatchNorm buffers.
     """
-    if not 1 <= batch <= len(images):
-        raise ValueError(f"{len(images)} images do not fill one batch of {batch}")
+    if not 1 <= batch_size <= len(images):
+        raise ValueError(f"{len(images)} images do not fill one batch of {batch_size}")
     reference = (reference or batchnorm_statistics(model)).to("cpu")
-    whole = images[: len(images) // batch * batch]
-    found = [
+    whole = images[: len(images) // batch_size * batch_size]
+    distances = [
         layer_distances(measure_statistics(model, part, reference.layers).to("cpu"), reference, distance)
-        for part in whole.split(batch)
+        for part in whole.split(batch_size)
     ]
-    return torch.stack(found).mean(0)
+    return torch.stack(distances).mean(0)
 
 
 def confidence(model: Classifier, images: Tensor) -> float:
-    """Mean probability, in percent, that the network gives its own first choice."""
+    """Mean probability of the network's first choice, in percent."""
     return 100 * predict(model, images).softmax(1).max(1).values.mean().item()
 
 
@@ -68,49 +57,48 @@ def agreement(one: Classifier, other: Classifier, images: Tensor) -> float:
     return 100 * (predict(one, images).argmax(1) == predict(other, images).argmax(1)).float().mean().item()
 
 
-def confusion(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-    """Confusion matrix (K, K), float32: row k holds, in percent, what the network makes of class k."""
+def confusion_matrix(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """Confusion matrix (K, K), float32: row k holds the predictions for class k, in percent."""
     classes = len(model.classes)
-    said = predict(model, images).argmax(1).cpu()
-    counts = (labels.cpu() * classes + said).bincount(minlength=classes**2).view(classes, classes).float()
+    predictions = predict(model, images).argmax(1).cpu()
+    pairs = labels.cpu() * classes + predictions
+    counts = pairs.bincount(minlength=classes**2).view(classes, classes).float()
     return 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
 
 
-def top(
-    model: Classifier, images: Tensor, labels: Tensor, k: int = 5, batch: int = 50, resize: bool = True
+def topk_accuracy(
+    model: Classifier, images: Tensor, labels: Tensor, k: int = 5, batch_size: int = 50, resize: bool = True
 ) -> float:
-    """Percent of the images whose label is among the model's `k` likeliest answers.
+    """Percent of the images whose label is among the model's `k` most probable classes.
 
-    Images of another size than the model's are resized: a judge may have a size of its own. Those that were
-    made at a coarser size are seen as they are with `resize=False`.
+    Images of another size than the model's are resized, since a verifier may have a size of its own.
+    With `resize=False` they go in as they are, all in one batch.
     """
     if resize:
-        logits = predict(model, resized(images, model.size), batch)
+        logits = predict(model, resized(images, model.size), batch_size)
     else:
         with torch.no_grad(), evaluating(model):
             logits = model(to_float(images, model.mean.device)).float()
     return 100 * (logits.topk(k, 1).indices == labels.to(logits.device)[:, None]).any(1).float().mean().item()
 
 
-def inception_score(model: Classifier, images: Tensor, batch: int = 50) -> float:
-    """exp of the mean KL of single answers from their mean (Salimans et al., 2016), as `model` answers.
+def inception_score(model: Classifier, images: Tensor, batch_size: int = 50) -> float:
+    """exp of the mean KL of the model's answers from their mean (Salimans et al., 2016).
 
     Between 1 and the number of classes, and never above the number of images: scores of different counts
-    do not compare, nor do those of different networks. By torchmetrics, one split.
-
-    Args:
-        images: uint8 or float in [0, 1], resized to the model's size.
+    do not compare, nor do those of different networks. Images, uint8 or float in [0, 1], are resized to the
+    model's size. By torchmetrics, one split.
     """
-    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.inception import InceptionScore  # seconds, which only this metric has to spend
 
-    class Answers(nn.Module):
+    class Logits(nn.Module):
         def forward(self, part: Tensor) -> Tensor:
-            return predict(model, resized(part, model.size), batch)
+            return predict(model, resized(part, model.size), batch_size)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the memory it takes, and of the deviation over a single split
-        score = InceptionScore(feature=Answers(), splits=1)
-        for part in images.split(batch):
+        warnings.simplefilter("ignore")  # about the memory it takes, and the deviation over a single split
+        score = InceptionScore(feature=Logits(), splits=1)
+        for part in images.split(batch_size):
             score.update(part)
         return score.compute()[0].item()
 
@@ -125,17 +113,11 @@ def diversity(model: Classifier, images: Tensor, labels: Tensor) -> float:
     return (1 - features @ features.T)[pairs].mean().item()
 
 
-# ---- in the space of features ----------------------------------------------------------------------
-
-
 def spectrum(images: Tensor, bands: int = 8) -> Tensor:
-    """Share of the images' energy by spatial frequency, each image's mean apart: (bands,), sum 1.
+    """Share of the images' energy by spatial frequency, without each image's mean: (bands,), sum 1.
 
-    Bands are equally wide rings from 0 to sqrt(1/2), the highest that a square grid of pixels knows, in
-    cycles a pixel.
-
-    Args:
-        images: uint8 or float (N, C, H, W), H equal to W.
+    Bands are equally wide rings from 0 to sqrt(1/2) cycles per pixel, the highest frequency of square
+    images, uint8 or float (N, C, H, H).
     """
     pixels = to_float(images, images.device)
     energy = torch.fft.fft2(pixels - pixels.mean((2, 3), keepdim=True)).abs().square().sum((0, 1))
@@ -146,28 +128,24 @@ def spectrum(images: Tensor, bands: int = 8) -> Tensor:
 
 
 def embed(model: Classifier, images: Tensor) -> Tensor:
-    """What the network's last linear layer sees, float32 (N, D): images that mean the same lie close.
-
-    Raises:
-        ValueError: the network has no linear layer.
-    """
+    """Inputs of the network's last linear layer, float32 (N, D): images that mean the same lie close."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(f"{model.name} has no linear layer, so no embedding before it")
-    with inputs_of(linear[-1]) as seen:
+    with inputs_of(linear[-1]) as inputs:
         predict(model, images)
-    return torch.cat(seen).flatten(1).float()
+    return torch.cat(inputs).flatten(1).float()
 
 
 @dataclass(frozen=True)
-class Cover:
-    """How a set of images lies to real ones in an embedding; shares in [0, 1], density from 0 up.
+class PRDC:
+    """How images lie to real ones in an embedding; shares in [0, 1], density from 0 up.
 
     Attributes:
         precision, recall: the share of the images near a real one, and of the real ones near an image
             (Kynkaanniemi et al., NeurIPS 2019).
-        density, coverage: in how many real neighbourhoods an image lies, over k, and the share of real
-            neighbourhoods that have an image (Naeem et al., ICML 2020).
+        density, coverage: the mean number of real neighbourhoods around an image, over k, and the share of
+            real neighbourhoods that have an image (Naeem et al., ICML 2020).
     """
 
     precision: float
@@ -176,43 +154,27 @@ class Cover:
     coverage: float
 
 
-def cover(real: Tensor, made: Tensor, k: int = 5) -> Cover:
-    """Precision, recall, density and coverage of `made` (M, D) for `real` (N, D).
+def prdc(real: Tensor, images: Tensor, k: int = 5) -> PRDC:
+    """Precision, recall, density and coverage of embedded `images` (M, D) for embedded `real` ones (N, D).
 
-    A point's neighbourhood is the ball that reaches its k-th nearest neighbour in its own set.
-
-    Raises:
-        ValueError: a set has no k neighbours.
-    """
-    if not 1 <= k < min(len(real), len(made)):
-        raise ValueError(f"{k} neighbours want more points in each set than {len(real)} and {len(made)}")
+    A point's neighbourhood is the ball that reaches its k-th nearest neighbour in its own set."""
+    if not 1 <= k < min(len(real), len(images)):
+        raise ValueError(f"k={k} neighbours need more points in each set than {len(real)} and {len(images)}")
 
     def radii(points: Tensor) -> Tensor:
         return torch.cdist(points, points).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
 
-    apart = torch.cdist(real, made)  # (N, M)
-    in_real, in_made = apart <= radii(real)[:, None], apart <= radii(made)[None, :]
-    return Cover(
+    distances = torch.cdist(real, images)  # (N, M)
+    in_real, in_images = distances <= radii(real)[:, None], distances <= radii(images)[None, :]
+    return PRDC(
         precision=in_real.any(0).float().mean().item(),
-        recall=in_made.any(1).float().mean().item(),
+        recall=in_images.any(1).float().mean().item(),
         density=in_real.sum(0).float().mean().item() / k,
         coverage=in_real.any(1).float().mean().item(),
     )
 
 
-def nearest(points: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(points: Tensor, among: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     """Distances and indices (N, count) of the nearest of `among` (M, D) to each of `points` (N, D)."""
     parts = [torch.cdist(part, among).topk(count, largest=False) for part in points.split(1024)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
-
-
-def holds(values: Sequence[float], at_least: float = -math.inf, at_most: float = math.inf) -> bool | None:
-    """Whether the mean of `values`, one a seed, lies within the bounds with all of its 95 % interval.
-
-    The interval is Student's t. None, open, for one value within them: a single run shows no scatter.
-    """
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return None if at_least <= mean <= at_most else False
-    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return bool(at_least <= mean - half and mean + half <= at_most)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinv.inversion import InversionSettings, Progress, check_labels, invert
-from dinv.models import Classifier, resized
-from dinv.objectives import Objective, Term
-from dinv.step import compiling_pays
-from dinv.store import Corrupt, Sparingly, canonical_json, read_tensors, sha256_tensors, stored, write_tensors
+from dinv import files
+from dinv.inversion import Inverter, Progress, check_labels
+from dinv.models.classifier import resized
 
 
 class CorruptPool(RuntimeError):
@@ -28,9 +26,10 @@ class Pool:
 
     Attributes:
         images: uint8 (N, C, H, W).
-        labels: int64 (N,), the classes asked for.
+        labels: int64 (N,), the target classes.
         losses: (steps, terms) unweighted, mean over the batches; `terms` names the columns.
         snapshots: uint8 (S, B, C, H, W), the first batch on its way; `snapshot_steps` says when.
+        seconds, compile_seconds: wall time of the synthesis, and the part of it spent compiling.
     """
 
     images: Tensor
@@ -39,108 +38,96 @@ class Pool:
     snapshots: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))
     terms: tuple[str, ...] = ()
     snapshot_steps: tuple[int, ...] = ()
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("images", "labels", "losses", "snapshots")
-        return stored({name: getattr(self, name) for name in names})
+        return files.to_cpu({n: getattr(self, n) for n in ("images", "labels", "losses", "snapshots")})
 
     def meta(self) -> dict[str, Any]:
-        return {"terms": list(self.terms), "snapshot_steps": list(self.snapshot_steps)}
+        names = ("terms", "snapshot_steps", "seconds", "compile_seconds")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Pool:
-        return cls(**tensors, terms=tuple(meta["terms"]), snapshot_steps=tuple(meta["snapshot_steps"]))
+        tuples = {name: tuple(meta[name]) for name in ("terms", "snapshot_steps")}
+        return cls(**tensors, **{**meta, **tuples})
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, under a temporary name first; returns its path."""
-        meta = canonical_json(self.meta(), "meta")
-        checksum = sha256_tensors(self.tensors(), meta)
-        write_tensors(Path(path), self.tensors(), f"pool {checksum} {meta}")
+        meta = files.canonical_json(self.meta(), "meta")
+        checksum = files.sha256_tensors(self.tensors(), meta)
+        files.write_tensors(Path(path), self.tensors(), f"pool {checksum} {meta}")
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Pool:
         """Read a pool; CorruptPool if the file is damaged or is something else."""
         try:
-            tensors, text = read_tensors(Path(path))
-        except Corrupt as problem:
+            tensors, text = files.read_tensors(Path(path))
+        except files.Corrupt as problem:
             raise CorruptPool(f"{problem}: synthesise it again") from problem
         kind, _, rest = text.partition(" ")
         checksum, _, meta = rest.partition(" ")
         if kind != "pool":
             raise CorruptPool(f"{path} is not a pool: it was not written by Pool.save")
-        if sha256_tensors(tensors, meta) != checksum:
+        if files.sha256_tensors(tensors, meta) != checksum:
             raise CorruptPool(f"{path} is corrupt (its checksum differs): synthesise it again")
         return cls.of(tensors, json.loads(meta))
 
 
 def synthesize(
-    teacher: Classifier,
+    inverter: Inverter,
     labels: Tensor,
-    objective: Objective | Term,
-    settings: InversionSettings | None = None,
     *,
-    batch: int = 256,
+    batch_size: int = 256,
     seed: int = 0,
     snapshots: tuple[int, ...] = (),
-    at_once: int = 0,
-    checkpoint: Any = None,
+    checkpoint: Any = files.NO_CHECKPOINT,
 ) -> Pool:
-    """Invert `teacher` for all `labels`, `batch` images at a time, `at_once` of them together in memory.
+    """Invert for all `labels`, `batch_size` images at a time; a larger batch size means one batch.
 
-    Every batch has a seed of its own, derived from `seed` and its number; with a `runs.Checkpoint` a
-    killed synthesis goes on at its next batch and ends in the same bytes.
+    Every batch has a seed of its own, derived from `seed` and its number; with a checkpoint a
+    killed synthesis goes on at its next batch and ends in the same images.
 
     Raises:
-        ValueError: the number of labels is no multiple of `batch`, besides what `invert` raises.
+        ValueError: the number of labels is no multiple of `batch_size`, besides what `invert` raises.
     """
-    settings = settings or InversionSettings()
-    labels = check_labels(labels, len(teacher.classes))
-    if batch < 1 or len(labels) % batch:
-        raise ValueError(f"{len(labels)} images cannot be made in whole batches of {batch}")
-    if settings.compile == "auto":
-        pays = compiling_pays(teacher, objective, settings, images=len(labels))
-        settings = replace(settings, compile="always" if pays else "never")
-    done: list[Tensor] = []
-    losses, taken, terms = torch.zeros(0, 0), torch.zeros(0, dtype=torch.uint8), ()
-    saved = checkpoint.load() if checkpoint is not None else None
+    labels = check_labels(labels, len(inverter.teacher.classes))
+    batch_size = min(batch_size, len(labels))
+    if batch_size < 1 or len(labels) % batch_size:
+        raise ValueError(f"{len(labels)} images cannot be made in whole batches of {batch_size}")
+    inverter.prepare(len(labels))
+    size = inverter.teacher.size
+    steps = sum(steps for steps, _ in inverter.settings.plan(size))
+    pool = Pool(torch.zeros(0), labels.cpu(), snapshot_steps=tuple(snapshots))
+    parts, batches = labels.split(batch_size), []
+    saved = checkpoint.load()
     if saved is not None:
         tensors, meta = saved
-        done = list(tensors["images"].split(batch))
-        losses, taken, terms = tensors["losses"], tensors["snapshots"], tuple(meta["terms"])
-    parts = labels.split(batch)
-    steps = sum(steps for steps, _ in settings.plan(teacher.size))
+        batches = list(tensors["images"].split(batch_size))
+        pool = Pool.of({**tensors, "labels": labels.cpu()}, meta)
+    for number in range(len(batches), len(parts)):
 
-    def report(number: int):
-        def callback(progress: Progress) -> None:
+        def report(progress: Progress, number: int = number) -> None:
             checkpoint.progress(number * steps + progress.step, len(parts) * steps)
 
-        return callback if checkpoint is not None else None
-
-    save = Sparingly(checkpoint)
-    for number in range(len(done), len(parts)):
-        result = invert(
-            teacher,
-            parts[number],
-            objective,
-            settings,
-            seed=batch_seed(seed, number),
-            snapshots=snapshots if number == 0 else (),
-            callback=report(number),
-            at_once=at_once,
-        )
-        done.append(to_uint8(result.images))
-        terms = tuple(result.losses)
-        new = torch.tensor([result.losses[name] for name in terms], dtype=torch.float64).T
-        losses = new if number == 0 else losses + (new - losses) / (number + 1)
-        if number == 0 and snapshots:
-            taken = torch.stack([to_uint8(resized(result.snapshots[s], teacher.size)) for s in snapshots])
-        so_far, names = {"losses": losses, "snapshots": taken}, {"terms": list(terms)}
-        save(lambda so_far=so_far, names=names: (so_far | {"images": torch.cat(done)}, names))
-    return Pool(torch.cat(done), labels.cpu(), losses, taken, terms, tuple(snapshots))
+        now = snapshots if number == 0 else ()
+        result = inverter(parts[number], seed=batch_seed(seed, number), snapshots=now, callback=report)
+        batches.append(to_uint8(result.images))
+        pool.terms = tuple(result.losses)
+        curves = torch.tensor([result.losses[name] for name in pool.terms], dtype=torch.float64).T
+        pool.losses = curves if number == 0 else pool.losses + (curves - pool.losses) / (number + 1)
+        if now:
+            pool.snapshots = torch.stack([to_uint8(resized(result.snapshots[s], size)) for s in snapshots])
+        pool.seconds += result.seconds
+        pool.compile_seconds += result.compile_seconds
+        checkpoint.save(lambda: ({**pool.tensors(), "images": torch.cat(batches)}, pool.meta()))
+    pool.images = torch.cat(batches)
+    return pool
 
 
 def batch_seed(seed: int, number: int) -> int:

@@ -1,193 +1,206 @@
-"""Supervised training and evaluation: how the teachers and the judges come to be."""
+"""Supervised training and evaluation, and the loop of updates that every training here goes through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinv.datasets import Dataset, augment
+from dinv.compiling import Compiled, compiler_available
+from dinv.data import Dataset, augment
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix, to_cpu
 from dinv.models import Classifier, autocast, evaluating, to_float
-from dinv.step import Compiled, compiler_available
-from dinv.store import under
-
-VERSION = 1  # part of a cached training's key: raise it when the same settings give other weights
 
 SCHEDULES = ("linear", "steps")
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """A training from scratch.
+    """A training from scratch by SGD, `batch_size` images per update; `lr` is the peak of `scheduled_lr`.
 
-    Attributes:
-        epochs: passes over the training set.
-        batch: images an update.
-        rate: peak learning rate of SGD with Nesterov momentum 0.9.
-        schedule: "linear": the rate rises linearly over the first `warmup` of the updates and falls linearly
-            to zero. "steps": it is divided by ten after 40 and after 80 % of them.
-        decay: weight decay of matrices and filters; biases and BatchNorm parameters have none.
-        small_epochs: so many first epochs see the images at three quarters of their size, which costs
-            56 % of the time (progressive resizing).
-        pad: random crops move by up to so many pixels.
-        flip: random horizontal flips.
-        smoothing: label smoothing.
+    The first `low_res_epochs` run on images of three quarters of their size, which cost 56 % of the time.
+    Random crops move by up to `pad` pixels; `flip` mirrors half of the images.
     """
 
     epochs: int = 30
-    batch: int = 256
-    rate: float = 0.2
-    decay: float = 5e-4
+    batch_size: int = 256
+    lr: float = 0.2
+    weight_decay: float = 5e-4
     schedule: str = "linear"
     warmup: float = 0.15
-    small_epochs: int = 0
+    low_res_epochs: int = 0
     pad: int = 4
     flip: bool = True
-    smoothing: float = 0.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or not 0 < self.rate < float("inf"):
+        if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < float("inf"):
             raise ValueError(
-                f"epochs={self.epochs}, batch={self.batch} and rate={self.rate} must be positive"
+                f"epochs={self.epochs}, batch_size={self.batch_size} and lr={self.lr} must be positive"
             )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}: choose {', '.join(SCHEDULES)}")
 
 
-def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
-    """The rate of update `step` of `steps`, by the settings' schedule."""
+def scheduled_lr(settings: Any, step: int, steps: int) -> float:
+    """The learning rate of update `step` (from 0) of `steps`; `settings.lr` is its peak.
+
+    Schedule "linear": up during the first share `warmup` of the updates, then down to zero. "steps": divided
+    by ten after 40 % of them, and again after 80 %.
+    """
     if settings.schedule == "steps":
-        return settings.rate * 0.1 ** sum(step >= part * steps for part in (0.4, 0.8))
+        return settings.lr * 0.1 ** sum(step >= part * steps for part in (0.4, 0.8))
     rise = max(1.0, settings.warmup * steps)
-    fall = max(1.0, steps - rise)
-    return settings.rate * max(0.0, min((step + 1) / rise, (steps - step) / fall))
+    return settings.lr * max(0.0, min((step + 1) / rise, (steps - step) / max(1.0, steps - rise)))
 
 
-def optimizer_for(model: nn.Module, settings: TrainingSettings) -> torch.optim.SGD:
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    free = [p for p in model.parameters() if p.dim() <= 1]
-    return torch.optim.SGD(
-        [{"params": decayed, "weight_decay": settings.decay}, {"params": free}],
-        lr=settings.rate,
-        momentum=0.9,
-        nesterov=True,
-    )
+def optimizer_for(model: nn.Module, settings: Any) -> torch.optim.SGD:
+    """SGD with Nesterov momentum 0.9; weight decay for matrices and filters, not for biases and BatchNorm."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": others}]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
 
 
-def epoch_batches(
-    dataset: Dataset, settings: TrainingSettings, generator: torch.Generator, small: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled, augmented batches: float32 [0, 1] images, channels last, and their labels."""
-    for images, labels in dataset.batches(settings.batch, generator=generator, drop_last=True):
-        images = augment(images, generator, pad=settings.pad, flip=settings.flip).float().div_(255)
-        if small:
-            images = F.interpolate(
-                images, scale_factor=0.75, mode="bilinear", antialias=True, align_corners=False
-            )
-        yield images.contiguous(memory_format=torch.channels_last), labels
+@dataclass(eq=False)
+class Updates:
+    """SGD updates of `model` in rounds, each with a record in `history` and a checkpoint.
+
+        loop = Updates(model, settings, epochs * n, n, generator, checkpoint)
+        for number in loop:                           # the rounds left; model is in train mode
+            for batch in batches:
+                loop.update(loss(model(batch)))
+            loop.record(epoch=number + 1, loss=mean)  # after the last one it is in eval mode
+
+    Args:
+        settings: with `lr`, `weight_decay`, `schedule` and `warmup`.
+        total, per_round: updates of all rounds, and of each; the last round has those left.
+        generator: the CPU generator behind every draw.
+        checkpoint: all is restored from it at once: a killed training ends in the same bytes as any other.
+        state: what else the next round depends on: has `state()`, a dictionary of tensors, and `restore`.
+    """
+
+    model: nn.Module
+    settings: Any
+    total: int
+    per_round: int
+    generator: torch.Generator
+    checkpoint: NoCheckpoint = NO_CHECKPOINT
+    state: Any = None
+    history: list[dict[str, float]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = optimizer_for(self.model.to(memory_format=torch.channels_last), self.settings)
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        saved = self.checkpoint.load()
+        if saved is not None:
+            self._restore(*saved)
+        self.rounds, self.done = math.ceil(self.total / self.per_round), len(self.history) * self.per_round
+
+    def __iter__(self) -> Iterator[int]:
+        self.model.train()
+        yield from range(len(self.history), self.rounds)
+        self.model.eval()
+
+    def update(self, loss: Tensor) -> None:
+        """One step down the gradient of `loss`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = scheduled_lr(self.settings, self.done, self.total)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.done += 1
+
+    def record(self, extra: Mapping[str, float] | None = None, /, **numbers: float) -> None:
+        """End a round: `numbers` say which (epoch=3), then its losses; `extra` is for the history alone.
+
+        Raises:
+            FloatingPointError: one of `numbers` is NaN or infinite.
+        """
+        (unit, count), *values = numbers.items()
+        for name in (name for name, value in values if not math.isfinite(value)):
+            raise FloatingPointError(f"{name} of {unit} {count} is not finite: lower lr={self.settings.lr}")
+        self.history.append(numbers | dict(extra or {}))
+        self.checkpoint.progress(len(self.history), self.rounds, **dict(values))
+        self.checkpoint.save(self._snapshot)
+
+    def _snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for index, parameter in enumerate(self._parameters):
+            if parameter in self.optimizer.state:
+                tensors[f"momentum.{index}"] = self.optimizer.state[parameter]["momentum_buffer"]
+        if self.state is not None:
+            tensors |= {f"state.{name}": value for name, value in self.state.state().items()}
+        return to_cpu(tensors | {"generator": self.generator.get_state()}), {"history": self.history}
+
+    def _restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(strip_prefix("model.", tensors))
+        for index, value in strip_prefix("momentum.", tensors).items():
+            parameter = self._parameters[int(index)]
+            buffer = torch.empty_like(parameter)  # keeps the parameter's memory format
+            self.optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(value)
+        if self.state is not None:
+            self.state.restore(strip_prefix("state.", tensors))
+        self.generator.set_state(tensors["generator"])
+        self.history = list(meta["history"])
 
 
 def train(
     model: Classifier,
     dataset: Dataset,
-    settings: TrainingSettings,
-    generator: torch.Generator,
-    checkpoint: Any = None,
+    settings: TrainingSettings | None = None,
+    *,
+    seed: int = 0,
+    checkpoint: NoCheckpoint = NO_CHECKPOINT,
 ) -> list[dict[str, float]]:
-    """Train `model` in place and return one record (epoch, loss, accuracy) an epoch.
+    """Train `model` in place and return one record per epoch: epoch, loss, accuracy (percent).
 
-    The last epoch's weights are the result: no test image takes part in any choice.
-
-    Args:
-        generator: CPU generator behind shuffling and augmentation.
-        checkpoint: a `runs.Checkpoint`; with it, a killed training goes on at its next epoch and ends
-            in the same bytes as an uninterrupted one.
+    The last epoch's weights are the result: no test image takes part in any choice. `seed` is that of
+    shuffling and augmentation; with a `checkpoint` a killed training goes on to the same bytes.
 
     Raises:
+        ValueError: fewer images than one batch.
         FloatingPointError: the loss is not finite.
     """
-    device = next(model.parameters()).device
-    model.train().to(memory_format=torch.channels_last)
-    optimizer = optimizer_for(model, settings)
-    steps_an_epoch = len(dataset) // settings.batch
-    if steps_an_epoch == 0:
-        raise ValueError(f"batch {settings.batch} is larger than the {len(dataset)} images")
-    first, history = 0, []
-    saved = checkpoint.load() if checkpoint is not None else None
-    if saved is not None:
-        tensors, meta = saved
-        restore(model, optimizer, generator, tensors)
-        first, history = meta["epoch"], meta["history"]
-    forward = _forward(model, device)  # on a card compiled
-    for epoch in range(first, settings.epochs):
+    settings, device = settings or TrainingSettings(), next(model.parameters()).device
+    generator, updates = torch.Generator().manual_seed(seed), len(dataset) // settings.batch_size
+    if updates == 0:
+        raise ValueError(f"batch_size={settings.batch_size} is larger than the {len(dataset)} images")
+    loop = Updates(model, settings, settings.epochs * updates, updates, generator, checkpoint)
+    compiled = device.type == "cuda" and compiler_available(device)
+    forward = Compiled(model.forward, model) if compiled else model
+    for epoch in loop:
         total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-        batches = epoch_batches(dataset, settings, generator, small=epoch < settings.small_epochs)
-        for step, (images, labels) in enumerate(batches):
-            rate = learning_rate(settings, epoch * steps_an_epoch + step, settings.epochs * steps_an_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for images, labels in epoch_batches(dataset, settings, generator, epoch < settings.low_res_epochs):
             with autocast(device):
                 logits = forward(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+            loop.update(loss)
             total += loss.detach()
             correct += (logits.argmax(1) == labels).sum()
-        mean = float(total) / steps_an_epoch
-        if mean != mean or mean == float("inf"):
-            raise FloatingPointError(
-                f"the loss of epoch {epoch + 1} is not finite: lower rate={settings.rate}"
-            )
-        accuracy = 100 * float(correct) / (steps_an_epoch * settings.batch)
-        history.append({"epoch": epoch + 1, "loss": mean, "accuracy": accuracy})
-        if checkpoint is not None:
-            checkpoint.progress(epoch + 1, settings.epochs, loss=mean, accuracy=accuracy)
-            checkpoint.save(snapshot(model, optimizer, generator), {"epoch": epoch + 1, "history": history})
-    model.eval()
-    return history
+        percent = 100 * float(correct) / (updates * settings.batch_size)
+        loop.record(epoch=epoch + 1, loss=float(total) / updates, accuracy=percent)
+    return loop.history
 
 
-def _forward(model: Classifier, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The network's forward pass: on a card compiled, where that can be."""
-    return Compiled(model.forward, model) if device.type == "cuda" and compiler_available(device) else model
-
-
-def snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Everything the next epoch depends on, as flat named tensors."""
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            state[f"momentum.{index}"] = momentum
-    state["generator"] = generator.get_state()
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
-
-
-def restore(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    state: dict[str, Tensor],
-) -> None:
-    """The inverse of `snapshot`."""
-    model.load_state_dict(under("model.", state))
-    for index, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        momentum = state.get(f"momentum.{index}")
-        if momentum is not None:
-            buffer = torch.empty_like(parameter)  # keeps the parameter's memory format
-            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(momentum)
-    generator.set_state(state["generator"])
+def epoch_batches(
+    dataset: Dataset, settings: TrainingSettings, generator: torch.Generator, low_res: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled, augmented batches: float32 [0, 1] images, channels last, and their labels."""
+    for images, labels in dataset.batches(settings.batch_size, generator=generator, drop_last=True):
+        images = augment(images, generator, pad=settings.pad, flip=settings.flip).float().div_(255)
+        if low_res:
+            images = F.interpolate(images, scale_factor=0.75, mode="bilinear", antialias=True)
+        yield images.contiguous(memory_format=torch.channels_last), labels
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
+def predict(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
     """Logits (N, K), float32, of images (N, C, H, W): uint8, or float32 in [0, 1]; eval mode.
 
     128 small images stay in a CPU's caches between the layers: a third faster than 500.
@@ -196,16 +209,15 @@ def predict(model: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
         raise ValueError("predict was given an empty batch: at least one image is needed")
     if isinstance(model, Classifier):
         model.check(images)
-    device = next(model.parameters()).device
-    logits = []
+    device, logits = next(model.parameters()).device, []
     with evaluating(model):
-        for part in images.split(batch):
-            part = to_float(part, device)
-            logits.append(model(part.contiguous(memory_format=torch.channels_last)).float())
+        for part in images.split(batch_size):
+            part = to_float(part, device).contiguous(memory_format=torch.channels_last)
+            logits.append(model(part).float())
     return torch.cat(logits)
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 128) -> float:
-    """Top-1 accuracy in percent over all the images given."""
-    logits = predict(model, images, batch)
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128) -> float:
+    """Top-1 accuracy in percent over all images."""
+    logits = predict(model, images, batch_size)
     return 100 * (logits.argmax(1) == labels.to(logits.device)).float().mean().item()

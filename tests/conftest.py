@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dinv import chapters
+from dinv.experiments.profiles import load_profile
 from dinv.models import Classifier
 
 
@@ -102,25 +101,32 @@ def portrait():
 
 @pytest.fixture
 def apart(tmp_path, monkeypatch) -> Path:
-    """Cache, results and progress in a folder of the test's own, and no wish of the caller's."""
-    for name in ("DEADLINE", "FORCE", "PROGRESS", "PROFILE"):
+    """Cache and results in a folder of the test's own; no wish of the caller's, no bar."""
+    for name in ("DEVICE", "PROFILE", "DATA"):
         monkeypatch.delenv(f"DINV_{name}", raising=False)
     monkeypatch.setenv("DINV_CACHE", str(tmp_path / "runs"))
     monkeypatch.setenv("DINV_FIGURES", str(tmp_path / "figures"))
-    monkeypatch.setenv("DINV_PROGRESS", str(tmp_path / "progress.jsonl"))
+    monkeypatch.setenv("DINV_QUIET", "1")
+    monkeypatch.setattr("dinv.experiments.device._profile", "")
     return tmp_path
 
 
 @pytest.fixture
-def short_run(apart):
-    """`short_run(chapter, overrides)`: a smoke run with the shipped networks and these numbers."""
+def ledger(apart, monkeypatch) -> list[dict]:
+    """What the stages of this test have written into `cache.ledger`, which is empty at first."""
+    entries: list[dict] = []
+    monkeypatch.setattr("dinv.experiments.cache.ledger", entries)
+    return entries
 
-    def start(chapter: str, overrides: dict) -> chapters.Run:
-        run = chapters.start(chapter, "smoke", overrides=overrides)
-        run.profile = dataclasses.replace(run.profile, retrain=False)
-        return run
 
-    return start
+@pytest.fixture
+def short_profile(apart):
+    """`short_profile(overrides)`: the smoke profile with the shipped networks and these numbers."""
+
+    def load(overrides: dict | None = None):
+        return load_profile("smoke", {"retrain": False} | (overrides or {}))
+
+    return load
 
 
 # ---- interruptions -------------------------------------------------------------------------------
@@ -135,7 +141,8 @@ class _Memory:
     def load(self):
         return self.saved
 
-    def save(self, tensors, meta):
+    def save(self, make):
+        tensors, meta = make()
         self.saved = {name: tensor.clone() for name, tensor in tensors.items()}, dict(meta)
         self.saves += 1
         if self.saves == self.fail:
@@ -147,22 +154,25 @@ class _Memory:
 
 @pytest.fixture(scope="session")
 def memory():
-    """`memory(fail=None)`: stands in for `runs.Checkpoint`; interrupts after its `fail`-th save."""
+    """`memory(fail=None)`: stands in for `cache.Checkpoint`; interrupts after its `fail`-th save."""
     return _Memory
 
 
-# One process that forks for every moment: importing torch takes longer than what is killed.
+# One process that forks for every moment: importing torch takes longer than what is killed. Each of the
+# test modules has a function `stage` that makes one short stage in DINV_CACHE.
 _KILLED = """
 import os, signal, sys
 sys.path[:0] = {path!r}
 import torch._dynamo  # every optimiser wants it
 import test_distillation, test_pool, test_training
-from dinv import distillation, inversion, runs, store, training
+from dinv import distillation, files, inversion, training
+from dinv.experiments import cache
+cache.Checkpoint.share = float("inf")  # every save is made
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 def dying(function, left):
     left = iter(range(left))
     return lambda *given, **options: die() if next(left, None) is None else function(*given, **options)
-def half(tensors, path, metadata=None, save=store.save_file, left=iter(range(1))):
+def half(tensors, path, metadata=None, save=files.save_file, left=iter(range(1))):
     save(tensors, path, metadata)
     if next(left, None) is None:
         os.truncate(path, os.path.getsize(path) // 2)
@@ -178,9 +188,9 @@ for number in range(9):
         training.augment = dying(training.augment, 6)  # of 4 an epoch
         distillation.augment = dying(distillation.augment, 13)  # of 5 a round
     if number % 3 == 1:
-        store.save_file = half
+        files.save_file = half
     if number % 3 == 2:
-        runs.write_record = die
+        files.write_record = die
     (test_pool, test_training, test_distillation)[number // 3].stage()
     os._exit(0)
 print("killed nine times")

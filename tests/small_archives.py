@@ -73,13 +73,10 @@ def png_version() -> dict[str, bytes]:
 def idx_version() -> dict[str, bytes]:
     files = {}
     for split, file in (("train", "train"), ("test", "t10k")):
-        images, labels = MNIST[f"{split}.images"][:, 0], MNIST[f"{split}.labels"]
-        files[f"{file}-images-idx3-ubyte"] = (
-            b"\0\0\x08\x03" + struct.pack(">III", *images.shape) + images.tobytes()
-        )
-        files[f"{file}-labels-idx1-ubyte"] = (
-            b"\0\0\x08\x01" + struct.pack(">I", len(labels)) + labels.astype(np.uint8).tobytes()
-        )
+        for kind, sides in (("images", 3), ("labels", 1)):
+            array = MNIST[f"{split}.{kind}"].astype(np.uint8).squeeze()
+            head = b"\0\0\x08" + bytes([sides]) + struct.pack(f">{sides}I", *array.shape)
+            files[f"{file}-{kind}-idx{sides}-ubyte"] = head + array.tobytes()
     return files
 
 

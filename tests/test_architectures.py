@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinv.features import NoBatchNorm, feature_layers, measure_statistics
+from dinv.feature_statistics import NoBatchNorm, feature_layers, measure_statistics
 from dinv.inversion import InversionSettings, invert
 from dinv.models import create_model
 from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, TotalVariation
@@ -20,9 +20,9 @@ PRIOR = CrossEntropy() + 1e-4 * TotalVariation() + 1e-5 * L2Norm()
 
 def one_step(model, size, terms):
     """The images after one step, the objective, and how far the step went."""
-    settings = InversionSettings(stages=((2, size),), rate=0.1, jitter=4, keep="last", compile="never")
-    found = invert(model.freeze(), torch.tensor([3, 7]), terms, settings, snapshots=[0])
-    return found.images, found.losses["objective"], (found.images - found.snapshots[0]).abs().mean()
+    settings = InversionSettings(stages=((2, size),), lr=0.1, jitter=4, keep="last", compile="never")
+    result = invert(model.freeze(), torch.tensor([3, 7]), terms, settings, snapshots=[0])
+    return result.images, result.losses["objective"], (result.images - result.snapshots[0]).abs().mean()
 
 
 @pytest.mark.parametrize("name, size", WITH_BATCHNORM.items())
@@ -38,13 +38,12 @@ def test_a_step_of_any_network_with_batchnorm(name, size, distance):
 
 
 @pytest.mark.parametrize("name, size", WITHOUT.items())
-def test_without_batchnorm_it_says_so_and_works_with_given_statistics(name, size):
+def test_without_batchnorm_it_says_so_and_works_with_measured_statistics(name, size):
     model = create_model(name)
     with pytest.raises(NoBatchNorm, match="measure_statistics"):
         one_step(model, size, PRIOR + FeatureStatistics())
-    photos = torch.rand(4, 3, size, size)
-    given = measure_statistics(model, photos)
-    assert given.layers == feature_layers(model) and len(given.layers) > 1
-    images, values, moved = one_step(model, size, PRIOR + FeatureStatistics("kl", statistics=given))
+    statistics = measure_statistics(model, torch.rand(4, 3, size, size))
+    assert statistics.layers == feature_layers(model) and len(statistics.layers) > 1
+    images, values, moved = one_step(model, size, PRIOR + FeatureStatistics("kl", statistics=statistics))
     assert images.shape == (2, 3, size, size) and all(value < float("inf") for value in values)
     assert moved > 1e-3

@@ -1,13 +1,10 @@
 """Datasets in memory: what they hold, how they are cut into pieces, how batches are augmented."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 
-from dinv import datasets
-from dinv.datasets import DATASETS, Dataset, augment, load_dataset, to_rgb
+from dinv.data import DATASETS, Dataset, augment, data_root, load_dataset, to_rgb
 
 
 def generator(seed=0):
@@ -35,6 +32,7 @@ def test_digits(split, n):
     assert data.images.shape == (n, 1, 8, 8)
     assert (data.name, data.split, len(data)) == ("digits", split, n)
     assert (data.images.min(), data.images.max()) == (0, 255)
+    assert repr(data) == f"Dataset(digits {split}: {n} images 1x8x8 on cpu)"
     counts = data.labels.bincount()
     share = n / 1797 * torch.tensor([178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
     assert (counts - share).abs().max() < 1  # stratified as finely as whole images allow
@@ -46,19 +44,12 @@ def test_digits_splits_are_the_whole_and_do_not_overlap(digits):
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="unknown dataset 'CIFAR-10'.*mean 'cifar10'.*mnist"):
+    with pytest.raises(ValueError, match="unknown dataset 'CIFAR-10': did you mean cifar10.*mnist"):
         load_dataset("CIFAR-10", "train")
     with pytest.raises(ValueError, match="unknown dataset 'svhn'. There are: cifar10, mnist, dig"):
         load_dataset("svhn", "train")
-    with pytest.raises(ValueError, match="unknown split 'tets'.*mean 'test'"):
+    with pytest.raises(ValueError, match="unknown split 'tets': did you mean test"):
         load_dataset("digits", "tets")
-
-
-def test_data_root(monkeypatch, tmp_path):
-    monkeypatch.setenv("DINV_DATA", str(tmp_path))
-    assert datasets.data_root() == tmp_path
-    monkeypatch.delenv("DINV_DATA")
-    assert datasets.data_root().name == "data"
 
 
 # ---- a dataset
@@ -72,29 +63,23 @@ def test_wrong_tensors_are_refused():
         Dataset("x", "train", good.images, good.labels[1:], good.classes)
 
 
-def test_repr_is_short(digits):
-    assert repr(digits) == "Dataset(digits train: 1437 images 1x8x8 on cpu)"
-
-
 @pytest.mark.parametrize(
     "indices",
     [
         [5, 3, 59],
         torch.tensor([5, 3, 59]),
         np.array([5, 3, 59]),
-        (torch.arange(60) == 3) | (torch.arange(60) == 7),
+        torch.arange(60) % 7 == 3,
         slice(2, 9, 3),
         [],
     ],
 )
 def test_take(indices):
     data = numbered()
-    taken = data.take(indices)
-    expected = torch.arange(60)[indices].tolist()
-    assert taken.images[:, 0, 0, 0].tolist() == expected
-    assert taken.labels.tolist() == [i % 10 for i in expected]
-    assert taken.images.shape[1:] == data.images.shape[1:]
-    assert taken.classes == data.classes
+    part, expected = data.take(indices), torch.arange(60)[indices].tolist()
+    assert part.images[:, 0, 0, 0].tolist() == expected
+    assert part.labels.tolist() == [i % 10 for i in expected]
+    assert part.images.shape[1:] == data.images.shape[1:] and part.classes == data.classes
 
 
 @pytest.mark.parametrize(
@@ -121,9 +106,9 @@ def test_of_classes():
     assert some.classes == data.classes
     with pytest.raises(ValueError, match="class 10 does not exist.*0 to 9"):
         data.of_classes([10])
-    with pytest.raises(ValueError, match="unknown class 'clas3'.*mean 'class3'"):
+    with pytest.raises(ValueError, match="unknown class 'clas3': did you mean class3"):
         data.of_classes(["clas3"])
-    with pytest.raises(ValueError, match="no class was given"):
+    with pytest.raises(ValueError, match="no class was named"):
         data.of_classes([])
 
 
@@ -148,9 +133,6 @@ def test_float(digits):
     assert torch.equal(digits.float([3, 1]), everything[[3, 1]])
     assert torch.equal(digits.float(slice(4)), everything[:4])
     assert digits.images.max() == 255  # left as they were
-
-
-def test_to():
     moved = numbered().to("meta")
     assert moved.device.type == moved.labels.device.type == "meta"
     assert moved.take([1, 2]).images.shape == (2, 1, 4, 5)
@@ -164,6 +146,10 @@ def test_batches_in_order():
     assert torch.equal(torch.cat([labels for _, labels in batches]), data.labels)
     assert [len(images) for images, _ in data.batches(4, drop_last=True)] == [4, 4]
     assert [len(images) for images, _ in data.batches(5, drop_last=True)] == [5, 5]
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        data.batches(0)
+    with pytest.raises(ValueError, match="batches of 64 leaves nothing of 10 images"):
+        data.batches(64, drop_last=True)
 
 
 def test_shuffled_batches():
@@ -185,13 +171,6 @@ def test_shuffled_batches():
     early, late = data.batches(60, source), data.batches(60, source)
     assert next(late)[0][:, 0, 0, 0].tolist() == second
     assert next(early)[0][:, 0, 0, 0].tolist() == first
-
-
-def test_batches_refuse_before_the_loop():
-    with pytest.raises(ValueError, match="at least 1, not 0"):
-        numbered().batches(0)
-    with pytest.raises(ValueError, match="batches of 64 leaves nothing of 60 images"):
-        numbered().batches(64, drop_last=True)
 
 
 def test_to_rgb(digits):
@@ -236,9 +215,7 @@ def one_by_one(images, source, pad, flip):
     [
         ((64, 3, 32, 32), 4, True),
         ((64, 3, 32, 32), 4, False),
-        ((9, 1, 28, 28), 2, True),
         ((32, 2, 5, 9), 4, True),
-        ((16, 3, 8, 8), 0, True),
         ((0, 3, 8, 8), 4, True),
     ],
 )
@@ -259,37 +236,27 @@ def test_augment_draws_evenly():
     picture = torch.arange(81.0).view(1, 1, 9, 9).expand(n, 1, 9, 9)
     out = augment(picture, generator(), pad=2)
     centre, right = out[:, 0, 4, 4], out[:, 0, 4, 5]
-    kinds, counts = torch.stack([centre, (right - centre > 0).float()]).unique(
-        dim=1, return_counts=True
-    )
+    pairs = torch.stack([centre, (right - centre > 0).float()])
+    kinds, counts = pairs.unique(dim=1, return_counts=True)
     assert kinds.shape[1] == 5 * 5 * 2
     assert (counts - n / 50).abs().max() < 5 * (n / 50) ** 0.5
 
 
-def test_augment_without_anything_to_do_copies():
+def test_augment_copies_lets_gradients_through_and_takes_a_generator_elsewhere():
     images = numbered().images
     out = augment(images, generator(), pad=0, flip=False)
-    assert torch.equal(out, images)
-    assert out.data_ptr() != images.data_ptr()
-
-
-def test_augment_lets_gradients_through():
+    assert torch.equal(out, images) and out.data_ptr() != images.data_ptr()
     images = torch.rand(8, 3, 16, 16, requires_grad=True)
     augment(images, generator()).sum().backward()
     assert images.grad.sum() == images.numel()
-
-
-def test_augment_with_a_generator_elsewhere():
     out = augment(torch.empty(8, 3, 16, 16, device="meta"), generator())
-    assert out.device.type == "meta"
-    assert out.shape == (8, 3, 16, 16)
+    assert out.device.type == "meta" and out.shape == (8, 3, 16, 16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_same_crops_and_order_on_cuda(digits):
-    assert torch.equal(
-        augment(digits.images, generator(), 2), augment(digits.images.cuda(), generator(), 2).cpu()
-    )
+    on_cpu, on_cuda = (augment(images, generator(), 2) for images in (digits.images, digits.images.cuda()))
+    assert torch.equal(on_cpu, on_cuda.cpu())
     on_cpu, on_cuda = digits.batches(100, generator()), digits.to("cuda").batches(100, generator())
     for (images, labels), (moved, moved_labels) in zip(on_cpu, on_cuda, strict=True):
         assert torch.equal(images, moved.cpu())
@@ -300,25 +267,10 @@ def test_the_same_crops_and_order_on_cuda(digits):
 
 
 def test_augment_refuses():
-    with pytest.raises(ValueError, match=r"pad must be .* below .*\(8 x 8\), not 8"):
+    with pytest.raises(ValueError, match=r"pad must be .* below .* 8 x 8, not 8"):
         augment(torch.zeros(1, 1, 8, 8), generator(), pad=8)
     with pytest.raises(ValueError, match=r"must be \(N, C, H, W\), not float32 \(3, 8, 8\)"):
         augment(torch.zeros(3, 8, 8), generator())
-
-
-def test_augment_is_much_faster_than_one_by_one():
-    images = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
-
-    def fastest(work):
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    slow = fastest(lambda: one_by_one(images, generator(), 4, True))
-    assert fastest(lambda: augment(images, generator())) < slow / 3
 
 
 # ---- the real data, where they lie ready
@@ -334,7 +286,7 @@ def test_augment_is_much_faster_than_one_by_one():
     ],
 )
 def test_real_data(name, split, shape, first, counts):
-    if not (datasets.data_root() / f"{name}.safetensors").exists():
+    if not (data_root() / f"{name}.safetensors").exists():
         pytest.skip(f"{name} has not been fetched into the data folder")
     data = load_dataset(name, split)
     assert data.images.shape == shape

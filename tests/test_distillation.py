@@ -1,6 +1,5 @@
 """Distillation: its loss, its loop, resumption to the same bytes, and what it refuses."""
 
-import copy
 import time
 from dataclasses import replace
 
@@ -8,29 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from dinv import distillation, store
-from dinv.distillation import (
-    DistillationSettings,
-    Later,
-    PixelSource,
-    ReadySource,
-    distill,
-    distillation_loss,
-    mixed,
-    seconds,
-)
+from dinv import distillation, files
+from dinv.distillation import DistillationSettings, DistillStep, FixedImages, InversionSource, distill
+from dinv.experiments import stages
 from dinv.generator import GeneratorSettings, GeneratorSource
-from dinv.inversion import InversionSettings
+from dinv.inversion import InversionSettings, Inverter
 from dinv.metrics import agreement
 from dinv.models import create_model
 from dinv.objectives import CrossEntropy, FeatureStatistics
 from dinv.pool import synthesize
-from dinv.profiles import load_profile
-from dinv.runs import Result, Run
-from dinv.store import canonical_json
 
-SETTINGS = DistillationSettings(rounds=4, updates=5, batch=8, rate=0.05, pad=1, compile="never")
-INVERSION = InversionSettings(steps=4, rate=0.1, flip=False, compile="never")
+SETTINGS = DistillationSettings(rounds=4, updates=5, batch_size=8, lr=0.05, pad=1, compile="never")
+INVERSION = InversionSettings(steps=4, lr=0.1, flip=False, compile="never")
+GENERATOR = GeneratorSettings(steps=2, latent_dim=6, width=4, jitter=1, compile="never")
 
 
 def generator(seed=0):
@@ -45,22 +34,21 @@ def objective():
     return CrossEntropy() + 1.0 * FeatureStatistics()
 
 
-def pixel_source(teacher, **options):
-    return PixelSource(teacher, objective(), INVERSION, batch=10, seed=3, **options)
-
-
-def generator_source(teacher, **options):
-    settings = GeneratorSettings(steps=2, latent=6, width=4, jitter=1, compile="never")
-    return GeneratorSource(teacher, objective(), settings, batch=10, seed=3, **options)
+def inversion_source(teacher, **options):
+    return InversionSource(teacher, objective(), INVERSION, batch_size=10, seed=3, **options)
 
 
 SOURCES = {
-    "none": lambda teacher: None,
-    "ready": lambda teacher: ReadySource(some_images(40, 5), 10),
-    "pixels": pixel_source,
-    "pixels in competition": lambda teacher: pixel_source(teacher, competition=5.0),
-    "pixels in competition, later": lambda teacher: Later(pixel_source(teacher, competition=5.0), 1),
-    "generator in competition": lambda teacher: generator_source(teacher, competition=5.0, warmup=2),
+    "all at the start": lambda teacher: some_images(),
+    "fixed": lambda teacher: FixedImages(some_images(40, 5), 10, 10),
+    "inversion": inversion_source,
+    "inversion in competition": lambda teacher: inversion_source(teacher, competition=5.0),
+    "inversion in competition, later": lambda teacher: inversion_source(
+        teacher, start=some_images(), competition=5.0
+    ),
+    "generator in competition": lambda teacher: GeneratorSource(
+        teacher, objective(), GENERATOR, batch_size=10, seed=3, competition=5.0, warmup=2
+    ),
 }
 
 
@@ -72,9 +60,6 @@ def equal(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- the loss --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 20.0])
 def test_loss_against_numpy(temperature):
     student, teacher = (4 * torch.randn(5, 7, generator=generator(s)) for s in (1, 2))
@@ -84,43 +69,29 @@ def test_loss_against_numpy(temperature):
         return e / e.sum(1, keepdims=True)
 
     p, q = softened(teacher), softened(student)
-    wanted = temperature**2 * (p * np.log(p / q)).sum(1).mean()
-    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(wanted, rel=1e-5)
+    expected = temperature**2 * (p * np.log(p / q)).sum(1).mean()
+    loss = distillation.distillation_loss
+    assert loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
+    assert loss(teacher + 3, teacher, temperature).item() == pytest.approx(0, abs=1e-4)
 
 
-def test_loss_is_zero_for_the_teachers_own_answers_whatever_is_added_to_them():
-    logits = torch.randn(5, 7, generator=generator())
-    assert distillation_loss(logits + 3, logits, 3.0).item() == pytest.approx(0, abs=1e-6)
-
-
-# ---- the loop --------------------------------------------------------------------------------------
-
-
-def test_a_student_comes_to_agree_with_its_teacher(tiny):
+def test_a_student_comes_to_agree_with_its_teacher(tiny, portrait):
     teacher, student = tiny(0).freeze(), tiny(1)
     images = some_images(64)[..., :2, :2].repeat_interleave(4, 2).repeat_interleave(4, 3)  # of plain squares
-    before = agreement(teacher, student, images)
-    settings = DistillationSettings(10, updates=40, batch=32, pad=0, flip=False, compile="never")
-    history = distill(teacher, student, images, settings, generator()).history
-    assert agreement(teacher, student, images) > max(85, before + 20)
+    before, untouched = agreement(teacher, student, images), portrait(teacher)
+    settings = DistillationSettings(10, updates=40, batch_size=32, pad=0, flip=False, compile="never")
+    history = distill(teacher, student, images, settings).history
+    assert agreement(teacher, student, images) > max(80, before + 20)
     assert history[-1]["loss"] < 0.3 * history[0]["loss"]
     assert history[-1]["agreement"] > history[0]["agreement"]
     assert not student.training and [record["round"] for record in history] == list(range(1, 11))
-
-
-def test_the_teacher_is_left_as_it_was(tiny, portrait):
-    teacher = tiny(0).freeze()
-    before = portrait(teacher)
-    distill(
-        teacher, tiny(1), some_images(), SETTINGS, generator(), source=pixel_source(teacher, competition=1.0)
-    )
-    assert portrait(teacher) == before
+    assert portrait(teacher) == untouched
 
 
 def test_blends_of_two_images():
-    images = torch.rand(64, 3, 4, 4, generator=generator())
-    blends = mixed(images, generator(1))
-    again, other = mixed(images, generator(1)), mixed(images, generator(2))
+    images, mixup = torch.rand(64, 3, 4, 4, generator=generator()), distillation.mixup
+    blends = mixup(images, generator(1))
+    again, other = mixup(images, generator(1)), mixup(images, generator(2))
     assert torch.equal(blends, again) and not torch.equal(blends, other)
     before = images.roll(1, 0)
     shares = (blends - images).flatten(1).norm(dim=1) / (before - images).flatten(1).norm(dim=1)
@@ -130,126 +101,102 @@ def test_blends_of_two_images():
     torch.testing.assert_close(blends, images * (1 - one) + before * one)
 
 
-def test_blends_are_made_of_what_a_lesson_has_drawn(tiny, monkeypatch):
-    teacher, settings, seen = tiny(0).freeze(), replace(SETTINGS, mix=True), []
-    monkeypatch.setattr("dinv.distillation.mixed", lambda images, _: seen.append(images.clone()) or images)
+def test_blends_are_made_of_the_batches_that_are_used_without(tiny, monkeypatch):
+    teacher, settings, batches = tiny(0).freeze(), replace(SETTINGS, mixup=True), []
+    monkeypatch.setattr(distillation, "mixup", lambda images, _: batches.append(images.clone()) or images)
     plain, blended = tiny(1), tiny(1)
-    distill(teacher, plain, some_images(), SETTINGS, generator())
-    assert not seen
-    distill(teacher, blended, some_images(), settings, generator())
-    assert len(seen) == settings.rounds * settings.updates and equal(state(plain), state(blended))
-    assert seen[0].dtype == torch.float32 and seen[0].min() >= 0 and seen[0].max() <= 1
+    distill(teacher, plain, some_images(), SETTINGS)
+    assert not batches
+    distill(teacher, blended, some_images(), settings)
+    assert len(batches) == settings.rounds * settings.updates and equal(state(plain), state(blended))
+    assert batches[0].dtype == torch.float32 and batches[0].min() >= 0 and batches[0].max() <= 1
 
 
-def test_new_batches_are_merged_and_used_at_once(tiny, monkeypatch):
-    teacher = tiny(0).freeze()
-    seen = []
-
-    def spy(images, generator, pad, flip):
-        seen.append(images.clone())
-        return images
-
-    monkeypatch.setattr("dinv.distillation.augment", spy)
-    ready = some_images(32, 5)
-    found = distill(teacher, tiny(1), some_images(8), SETTINGS, generator(), source=ReadySource(ready, 8))
-    assert [record["images"] for record in found.history] == [16, 24, 32, 40]
-    assert torch.equal(found.images, ready)
-    for number, part in enumerate(ready.split(8)):
-        first = seen[number * SETTINGS.updates]
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_new_batches_are_merged_and_used_at_once(tiny, monkeypatch, warmup):
+    used = []
+    monkeypatch.setattr(distillation, "augment", lambda x, *_, **__: used.append(x.clone()) or x)
+    images = torch.cat([some_images(8), some_images(24, 5)])
+    source = FixedImages(images, start=8, batch_size=8, warmup_rounds=warmup)
+    teacher, student = tiny(0).freeze(), tiny(1)
+    before = agreement(teacher, student, images[8:16])
+    result = distill(teacher, student, source, SETTINGS)
+    sizes = [8] * warmup + [16, 24, 32] + [32] * (1 - warmup)  # after the last batch nothing new comes
+    assert [record["images"] for record in result.history] == sizes
+    assert ["fresh" in r for r in result.history] == [size > 8 for size in sizes[:3]] + [warmup == 1]
+    if warmup == 0:  # taken before they are learnt
+        assert result.history[0]["fresh"] == pytest.approx(before)
+    assert torch.equal(result.images, images[8:])
+    for number, part in enumerate(images[8:].split(8)):
+        first = used[(number + warmup) * SETTINGS.updates]
         assert torch.equal(first.flatten(1).sort(0).values, part.flatten(1).sort(0).values)
-    assert len(seen) == SETTINGS.rounds * SETTINGS.updates
-
-
-def test_a_source_may_begin_later(tiny):
-    ready = some_images(24, 5)
-    source = Later(ReadySource(ready, 8), 1)
-    found = distill(tiny(0).freeze(), tiny(1), some_images(8), SETTINGS, generator(), source=source)
-    assert [record["images"] for record in found.history] == [8, 16, 24, 32]
-    assert ["fresh" in record for record in found.history] == [False, True, True, True]
-    assert torch.equal(found.images, ready)
-    assert source.config() == ReadySource(ready, 8).config() | {"after": 1}
-
-
-def test_a_fixed_pool_stays_as_it_is(tiny):
-    found = distill(tiny(0).freeze(), tiny(1), some_images(12), SETTINGS, generator())
-    assert [record["images"] for record in found.history] == [12] * 4 and len(found.images) == 0
+    assert len(used) == SETTINGS.rounds * SETTINGS.updates
 
 
 def test_plain_and_adaptive_are_one_loop_with_one_term_more(tiny):
     """Weight 0 leaves the term out, and a pool made beforehand gives the same student as made on the way."""
     teacher = tiny(0).freeze()
-    pool = synthesize(teacher, torch.arange(50) % 10 % 5, objective(), INVERSION, batch=10, seed=3).images
-    first, rest = pool[:10], pool[10:]
+    inverter = Inverter(teacher, objective(), INVERSION)
+    pool = synthesize(inverter, torch.arange(50) % 10 % 5, batch_size=10, seed=3).images
+    settings = replace(SETTINGS, rounds=5)
 
     def student(source):
         model = tiny(1)
-        found = distill(teacher, model, first, SETTINGS, generator(), source=source)
-        return state(model), found.images
+        result = distill(teacher, model, source, settings)
+        return state(model), result.images
 
-    on_the_way, images = student(pixel_source(teacher, first=1))
-    ready, same = student(ReadySource(rest, 10))
-    adaptive, other = student(pixel_source(teacher, first=1, competition=5.0))
-    assert torch.equal(images, rest) and torch.equal(images, same) and not torch.equal(images, other)
-    assert equal(on_the_way, ready) and not equal(on_the_way, adaptive)
+    on_the_way, images = student(inversion_source(teacher, start=pool[:10]))
+    fixed, same = student(FixedImages(pool, 10, 10))
+    adaptive, other = student(inversion_source(teacher, start=pool[:10], competition=5.0))
+    assert torch.equal(images, pool[10:]) and torch.equal(images, same) and not torch.equal(images, other)
+    assert equal(on_the_way, fixed) and not equal(on_the_way, adaptive)
 
 
 def test_the_student_that_competes_is_the_one_being_trained(tiny, monkeypatch):
-    teacher, competed = tiny(0).freeze(), []
-    original = PixelSource.__call__
+    teacher, rivals, original = tiny(0).freeze(), [], Inverter.__call__
 
-    def spy(self, number, student):
-        assert not student.training
-        competed.append(state(student))
-        return original(self, number, student)
+    def spy(self, *arguments, **options):
+        result = original(self, *arguments, **options)
+        rivals.append(state(self.prepare(10).objective.parts[-1][1].student))
+        return result
 
-    monkeypatch.setattr(PixelSource, "__call__", spy)
-    student = tiny(1)
-    start = state(student)
-    source = pixel_source(teacher, competition=1.0)
-    distill(teacher, student, some_images(), SETTINGS, generator(), source=source)
-    assert equal(competed[0], start)
-    assert not any(equal(a, b) for a, b in zip(competed, competed[1:], strict=False))
+    monkeypatch.setattr(Inverter, "__call__", spy)
+    source, start = inversion_source(teacher, competition=1.0), state(tiny(1))
+    after = []
+    distill(teacher, tiny(1), source, SETTINGS, watch=lambda _, model: after.append(state(model)) or {})
+    assert len(rivals) == 4 and equal(rivals[0], start)
+    assert all(equal(rival, student) for rival, student in zip(rivals[1:], after, strict=False))
+    assert not any(equal(a, b) for a, b in zip(rivals, rivals[1:], strict=False))
 
 
 def test_what_watches_is_told_every_round_and_changes_nothing(tiny):
+    """Nor do images as floats."""
     teacher, told = tiny(0).freeze(), []
+    watched, alone = tiny(1), tiny(1)
 
     def watch(number, student):
         told.append(student.training)
         return {"number": number}
 
-    watched, alone = tiny(1), tiny(1)
-    found = distill(teacher, watched, some_images(), SETTINGS, generator(), watch=watch)
-    distill(teacher, alone, some_images(), SETTINGS, generator())
-    assert told == [False] * 4 and [record["number"] for record in found.history] == [1, 2, 3, 4]
+    history = distill(teacher, watched, some_images().float() / 255, SETTINGS, watch=watch).history
+    distill(teacher, alone, some_images(), SETTINGS)
+    assert told == [False] * 4 and [record["number"] for record in history] == [1, 2, 3, 4]
     assert equal(state(watched), state(alone))
 
 
-def test_agreement_on_fresh_images_is_taken_before_they_are_learnt(tiny):
-    teacher, student = tiny(0).freeze(), tiny(1)
-    images = some_images(32, 5)
-    wanted = agreement(teacher, student, images[:8])
-    found = distill(teacher, student, some_images(), SETTINGS, generator(), source=ReadySource(images, 8))
-    assert found.history[0]["fresh"] == pytest.approx(wanted)
-    assert "fresh" not in distill(teacher, student, images, SETTINGS, generator()).history[0]
-
-
-def test_a_students_key_follows_its_source(tiny):
+def test_the_key_of_a_student_follows_its_source(tiny):
     teacher = tiny(0).freeze()
-    configs = [make(teacher).config() for kind, make in SOURCES.items() if kind != "none"]
-    assert len({canonical_json(config) for config in configs}) == len(configs) == 5
-    assert ReadySource(some_images(40, 5)).config() != ReadySource(some_images(40, 6)).config()
-    assert pixel_source(teacher).config() == pixel_source(teacher).config()
+    sources = {kind: make(teacher) for kind, make in SOURCES.items()}
+    keys = {kind: files.digest(source) for kind, source in sources.items()}
+    assert len(set(keys.values())) == 6
+    for kind, source in sources.items():
+        distill(teacher, tiny(1), source, replace(SETTINGS, rounds=2))
+        assert files.digest(source) == files.digest(SOURCES[kind](teacher)) == keys[kind]  # used or not
+    assert files.digest(FixedImages(some_images(40, 6), 10, 10)) != keys["fixed"]
+    assert files.digest(inversion_source(tiny(2).freeze())) != keys["inversion"]
 
 
-def test_seconds_are_those_of_the_rounds(tiny):
-    teacher = tiny(0).freeze()
-    found = distill(teacher, tiny(1), some_images(), SETTINGS, generator(), source=pixel_source(teacher))
-    for what in ("synthesis", "distillation", "watching"):
-        assert seconds(found.history, what) == sum(record[what] for record in found.history) > 0
-
-
-def test_the_last_update_counts_as_distillation_and_not_as_watching(tiny, monkeypatch):
+def test_seconds_are_those_of_the_rounds_and_the_last_update_counts(tiny, monkeypatch):
     original = torch.Tensor.item
 
     def waiting(tensor):  # as for a card that is still at work on the update
@@ -257,105 +204,71 @@ def test_the_last_update_counts_as_distillation_and_not_as_watching(tiny, monkey
         return original(tensor)
 
     monkeypatch.setattr(torch.Tensor, "item", waiting)
-    settings = replace(SETTINGS, rounds=1)
-    (record,) = distill(tiny(0).freeze(), tiny(1), some_images(), settings, generator()).history
-    assert record["distillation"] > 0.2 and record["watching"] < 0.2
+    teacher = tiny(0).freeze()
+    result = distill(teacher, tiny(1), inversion_source(teacher), replace(SETTINGS, rounds=2))
+    assert all(record["distillation"] > 0.2 > record["watching"] > 0 for record in result.history)
+    assert result.synthesis_seconds == sum(record["synthesis"] for record in result.history) > 0
+    assert result.distillation_seconds == sum(record["distillation"] for record in result.history)
+    assert result.compile_seconds == 0
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_equal_seeds_equal_students(tiny, kind):
-    def student(seed):
-        teacher, model = tiny(0).freeze(), tiny(1)
-        distill(teacher, model, some_images(), SETTINGS, generator(seed), source=SOURCES[kind](teacher))
-        return state(model)
-
-    assert equal(student(0), student(0)) and not equal(student(0), student(1))
-
-
-@pytest.mark.parametrize("fail", [1, 3])
-@pytest.mark.parametrize("kind", SOURCES)
-def test_an_interrupted_distillation_ends_in_the_same_bytes(tiny, memory, monkeypatch, kind, fail):
-    monkeypatch.setattr("dinv.store.Sparingly.share", float("inf"))  # a save after every round
+def test_an_interrupted_distillation_ends_in_the_same_bytes(tiny, memory, kind):
     teacher = tiny(0).freeze()
 
-    def run(student, checkpoint):
-        source = SOURCES[kind](teacher)
-        return distill(
-            teacher, student, some_images(), SETTINGS, generator(), source=source, checkpoint=checkpoint
-        )
+    def run(student, checkpoint, seed=0):
+        return distill(teacher, student, SOURCES[kind](teacher), SETTINGS, seed=seed, checkpoint=checkpoint)
 
-    whole, halves = tiny(1), tiny(1)
+    whole = tiny(1)
     expected = run(whole, memory())
-    stopped = memory(fail=fail)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny(1), stopped)
-    stopped.fail = None
-    found = run(halves, stopped)
-    assert stopped.saves == SETTINGS.rounds  # it went on, and did not begin again
-    assert equal(state(whole), state(halves)) and torch.equal(expected.images, found.images)
-    drop = ("synthesis", "distillation", "watching")
-    for one, other in zip(expected.history, found.history, strict=True):
-        assert {k: v for k, v in one.items() if k not in drop} == {
-            k: v for k, v in other.items() if k not in drop
-        }
+    for fail in (1, 3):
+        stopped, resumed = memory(fail), tiny(1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(1), stopped)
+        stopped.fail = None
+        result = run(resumed, stopped)
+        assert stopped.saves == SETTINGS.rounds  # it went on, and did not begin again
+        assert equal(state(whole), state(resumed)) and torch.equal(expected.images, result.images)
+        for name in ("round", "images", "loss", "agreement", "fresh"):
+            assert [r.get(name) for r in result.history] == [r.get(name) for r in expected.history]
+    other = tiny(1)
+    run(other, memory(), seed=1)
+    assert not equal(state(whole), state(other))
 
 
-def stage() -> Result:
+def stage() -> stages.Distilled:
     """A distillation against its own student as a stage: four rounds of five updates."""
-    store.Sparingly.share = float("inf")  # a save after every round
-    teacher = create_model("resnet_digits", "digits", seed=1).freeze()
-
-    def make(checkpoint):
-        student = create_model("resnet_digits", "digits", seed=2)
-        source = pixel_source(teacher, competition=5.0)
-        first = some_images(16)[:, : teacher.channels]
-        found = distill(
-            teacher, student, first, replace(SETTINGS, mix=True), generator(), source=source,
-            checkpoint=checkpoint,
-        )  # fmt: skip
-        return student.state_dict() | {"made": found.images}, {"losses": [r["loss"] for r in found.history]}
-
-    return Run("02_example", load_profile("smoke")).stage("student", "x", {}, make)
+    teacher, student = (create_model("resnet_digits", "digits", seed=seed) for seed in (1, 2))
+    source = inversion_source(teacher.freeze(), start=some_images()[:, :1], competition=5.0, warmup_rounds=0)
+    return stages.distill(teacher, student, source, replace(SETTINGS, mixup=True))
 
 
-@pytest.mark.parametrize(
-    "number, first", [(0, 2), (1, 1), (2, 4)], ids=["in a round", "in a write", "before the last write"]
-)
-def test_a_distillation_killed_by_sigkill_goes_on_to_the_same_bytes(
-    killed, apart, monkeypatch, number, first
-):
-    monkeypatch.setattr(store.Sparingly, "share", store.Sparingly.share)  # the stage's own, given back
+@pytest.mark.parametrize("number, first", [(0, 2), (1, 1), (2, 4)], ids=["in a round", "in a write", "last"])
+def test_a_distillation_killed_goes_on_to_the_same_bytes(killed, apart, monkeypatch, number, first):
     whole = stage()
+    (one,) = files.cache_root().glob("student-*/data.safetensors")
     monkeypatch.setenv("DINV_CACHE", str(killed["distillation"][number]))
-    rounds, original = [], distillation.invert
-
-    def counted(*given, **options):
-        rounds.append(1)
-        return original(*given, **options)
-
-    monkeypatch.setattr(distillation, "invert", counted)
+    rounds, original = [], Inverter.__call__
+    monkeypatch.setattr(Inverter, "__call__", lambda *a, **k: rounds.append(1) or original(*a, **k))
     resumed = stage()
-    assert not resumed.cached and len(rounds) == SETTINGS.rounds - first
-    assert resumed.key == whole.key == store.sha256_file(resumed.path / "data.safetensors")
-    assert resumed.meta == whole.meta and equal(resumed.tensors, whole.tensors)
+    (other,) = files.cache_root().glob("student-*/data.safetensors")
+    assert len(rounds) == SETTINGS.rounds - first
+    assert [r["loss"] for r in resumed.history] == [r["loss"] for r in whole.history]
+    assert one != other and one.read_bytes() == other.read_bytes()
 
 
-def test_a_compiled_lesson_serves_every_student_of_its_kind(tiny):
+def test_a_compiled_step_serves_every_student_of_its_kind(tiny):
     teacher = tiny(0).freeze()
-    compiled = DistillationSettings(**{**vars(SETTINGS), "compile": "always"})
+    step = DistillStep(teacher, tiny(0))
+    compiled = replace(SETTINGS, compile="always")
     for seed in (1, 2):
         fast, plain = tiny(seed), tiny(seed)
-        one = distill(teacher, fast, some_images(), compiled, generator())
-        other = distill(teacher, plain, some_images(), SETTINGS, generator())
+        one = distill(teacher, fast, some_images(), compiled, step=step)
+        other = distill(teacher, plain, some_images(), SETTINGS)
         for name, value in state(plain).items():
             torch.testing.assert_close(state(fast)[name], value, rtol=1e-3, atol=1e-4)
         assert one.history[-1]["loss"] == pytest.approx(other.history[-1]["loss"], rel=1e-3)
-    from dinv import distillation
-
-    assert len(distillation._lessons[teacher]) == 1
-
-
-# ---- what is refused -------------------------------------------------------------------------------
+        assert (one.compile_seconds > 0) == (seed == 1)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +276,7 @@ def test_a_compiled_lesson_serves_every_student_of_its_kind(tiny):
     [
         ({"rounds": 0}, "rounds=0 of a distillation must be positive"),
         ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"rate": float("nan")}, "rate=nan"),
+        ({"lr": float("nan")}, "lr=nan"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine': choose linear, steps"),
         ({"compile": "auto"}, "unknown compile 'auto': choose always, never"),
     ],
@@ -374,25 +287,22 @@ def test_bad_settings(change, message):
 
 
 def test_bad_input(tiny):
-    teacher, student = tiny(0).freeze(), tiny(1)
+    teacher = tiny(0).freeze()
 
-    def attempt(images, student=student, source=None):
-        distill(teacher, student, images, SETTINGS, generator(), source=source)
+    def refuses(message, source, student=None, **options):
+        with pytest.raises(ValueError, match=message):
+            distill(teacher, student or tiny(1), source, SETTINGS, **options)
 
-    with pytest.raises(ValueError, match="must be uint8, got torch.float32: see dinv.pool.to_uint8"):
-        attempt(torch.rand(4, 3, 8, 8))
-    with pytest.raises(ValueError, match="an empty pool and no source"):
-        attempt(some_images(0))
-    with pytest.raises(ValueError, match=r"takes images of shape \(N, 3, 8, 8\), got \(4, 3, 6, 6\)"):
-        attempt(some_images(4)[..., :6, :6])
-    with pytest.raises(ValueError, match="tiny has 8 px and 5 classes, tiny 8 px and 4"):
-        attempt(some_images(), student=tiny(1, classes=4))
-    with pytest.raises(ValueError, match="there is no batch 2: only 2 lie ready"):
-        attempt(some_images(), source=ReadySource(some_images(16), 8))
+    refuses(r"must be uint8, or float in \[0, 1\], got -1 to 1", torch.linspace(-1, 1, 768).view(4, 3, 8, 8))
+    refuses(r"must be uint8, or float in \[0, 1\], got torch.int64", some_images().long())
+    refuses("there are no images to learn from", some_images(0))
+    refuses("there are no images to learn from", inversion_source(teacher, warmup_rounds=1))
+    refuses(r"takes images of shape \(N, 3, 8, 8\), got \(4, 3, 6, 6\)", some_images(4)[..., :6, :6])
+    refuses("tiny has 8 px and 5 classes, tiny has 8 px and 4", some_images(), tiny(1, classes=4))
+    step = DistillStep(teacher, tiny(1), temperature=1.0, compile="never")
+    refuses("a step of temperature 1.0 for 3.0", some_images(), step=step)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny):
-    teacher = tiny(0).freeze()
-    wild = DistillationSettings(**{**vars(SETTINGS), "rate": 1e30})
-    with pytest.raises(FloatingPointError, match="lower rate=1e\\+30"):
-        distill(teacher, copy.deepcopy(tiny(1)), some_images(), wild, generator())
+    with pytest.raises(FloatingPointError, match=r"is not finite: lower lr=1e\+30"):
+        distill(tiny(0).freeze(), tiny(1), some_images(), replace(SETTINGS, lr=1e30))

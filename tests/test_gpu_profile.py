@@ -1,48 +1,47 @@
-"""The gpu profile from end to end, its numbers reduced to what a CPU can do, in parts of a short budget."""
+"""The gpu profile from end to end, its numbers reduced to what a CPU can do, interrupted once."""
 
-import csv
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from dinv.profiles import load_profile
-from dinv.runs import repository_root
+from dinv.experiments.profiles import load_profile
+from dinv.experiments.results import read_rows
+from dinv.files import repository_root
 
-# Networks, columns, rows and loops are the profile's own; the images are 8x8, every number is small.
+# Networks, columns, methods and loops are the profile's own; the images are 8x8, every number is small.
+STUDENT = {"rounds": 2, "updates": 1, "batch_size": 20, "compile": "never"}
 REDUCED = {
-    "dataset": "digits",
-    "teacher_training.epochs": 1, "judge_training.epochs": 1,
-    "inversion.batch": 20, "inversion.compile": "never",
-    "distillation.first": 20, "distillation.rounds": 2, "distillation.updates": 1, "distillation.batch": 20,
-    "distillation.stages": ((2, 8),), "distillation.seeds": 1, "distillation.every": 1,
-    "generator.rounds": 2, "generator.updates": 1, "generator.images": 20, "generator.steps": 1,
-    "generator.width": 8, "generator.warmup": 1, "generator.seeds": 1, "generator.every": 1,
-    "generator.compare": 2, "generator.pixels": 1,
+    "dataset": "digits", "batch_size": 20, "teacher_training.epochs": 1, "verifier_training.epochs": 1,
+    "distillation.start_images": 20, "distillation.seeds": 1, "distillation.eval_every": 1,
+    "distillation.inversion.stages": ((2, 8),), "distillation.inversion.compile": "never",
+    "generator.images": 20, "generator.warmup": 1, "generator.seeds": 1, "generator.eval_every": 1,
+    "generator.compare": 2, "generator.pixel_batches": 1, "generator.settings.steps": 1,
+    "generator.settings.width": 8, "generator.settings.compile": "never",
+    **{f"distillation.settings.{name}": value for name, value in STUDENT.items()},
+    **{f"generator.distillation.{name}": value for name, value in STUDENT.items()},
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_the_gpu_profile_runs_whole_in_parts_of_a_budget(tmp_path):
-    # a budget has to be longer than it takes to go through what is cached, or it never ends
-    words = ["--profile", "gpu", "--only", "03,04,08", "--budget", "90s"]
-    for key, value in REDUCED.items():
-        words += ["--set", f"{key}={value}"]
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("DINV_")}
-    variables |= {"DINV_CACHE": str(tmp_path / "runs"), "DINV_FIGURES": str(tmp_path / "figures")}
-    variables["DINV_DEVICE"] = "cpu"
-    statuses = []
-    while not statuses or statuses[-1] == 75:
-        done = subprocess.run(
-            [sys.executable, "-m", "dinv.reproduce", *words],
-            cwd=repository_root(), env=variables, capture_output=True, text=True,
-        )  # fmt: skip
-        statuses.append(done.returncode)
-        assert len(statuses) < 6, "the budget is used up again and again: nothing is kept"
-    assert statuses[-1] == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert 75 in statuses, "the budget was never used up: make it shorter"
-    with open(tmp_path / "figures" / "gpu" / "results.csv", newline="") as file:
-        columns = {row["column"] for row in csv.DictReader(file) if row["table"] == "table1"}
-    assert columns == set(load_profile("gpu").distillation.pairs)
+def test_the_gpu_profile_runs_whole_and_goes_on_after_an_interrupt(apart):
+    words = ["--profile", "gpu", "--only", "03,04,08"]
+    words += [word for name, value in REDUCED.items() for word in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "dinv.reproduce", *words]
+    options = {"cwd": repository_root(), "env": os.environ | {"DINV_DEVICE": "cpu"}, "text": True}
+    first = subprocess.Popen(command, start_new_session=True, **options)
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(90)
+    os.killpg(first.pid, signal.SIGINT)
+    assert first.wait(60) == 130
+    kept = len(list((apart / "runs").glob("*/meta.json")))
+    assert kept
+    done = subprocess.run(command, capture_output=True, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(list((apart / "runs").glob("*/meta.json"))) > kept
+    rows = read_rows(apart / "figures" / "gpu")
+    columns = set(rows[(rows.table == "table1") & rows.chapter.str.startswith("04")].column)
+    assert len(columns) == len(load_profile("gpu").distillation.pairs)

@@ -1,19 +1,23 @@
-"""The notebooks as they are committed: their form, their outputs, their checked cells."""
+"""The notebooks as they are committed: their form, their code, their outputs, their checked cells."""
 
 import ast
-import json
 import re
 from types import ModuleType
 
 import nbformat
 import pytest
 
-from dinv.reproduce import execution
-from dinv.runs import repository_root
+from dinv import reproduce
+from dinv.files import repository_root
 
 NOTEBOOKS = sorted((repository_root() / "notebooks").glob("[0-9]*.ipynb"))
 MARK = "# NBVAL_CHECK_OUTPUT"
 SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
+# What makes an experiment, plain or cached. Other names of dinv read, measure, draw or record.
+METHODS = {
+    *("train", "train_network", "network", "invert", "synthesize", "generate", "synthesize_from"),
+    *("distill", "prune", "prune_and_distill", "learn", "learn_increment", "teacher_of_part"),
+}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -21,8 +25,9 @@ def notebook(request):
     return nbformat.read(request.param, as_version=4)
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+def code_cells(notebook, tag=None):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
 
 
 def solutions(notebook):
@@ -30,44 +35,77 @@ def solutions(notebook):
     return SOLUTION.findall(text)
 
 
-def text_of(cell):
-    return "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")
+def nodes(notebook, kind):
+    source = "\n".join(cell.source for cell in code_cells(notebook))
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kind)]
 
 
-def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS][:3] == ["00_teacher", "01_deepdream", "02_feature_statistics"]
+def called(call):
+    return getattr(call.func, "id", getattr(call.func, "attr", ""))
 
 
 def test_one_parameters_cell_of_plain_literals(notebook):
-    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    names = {}
-    for statement in ast.parse(tagged[0].source).body:
-        assert isinstance(statement, ast.Assign)
-        names[statement.targets[0].id] = ast.literal_eval(statement.value)
+    (cell,) = code_cells(notebook, "parameters")
+    statements = ast.parse(cell.source).body
+    names = {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
     assert names == {"profile": "auto", "seeds": 0, "overrides": {}}
 
 
-def test_what_a_notebook_takes_from_a_module_is_there(notebook):
+def test_what_a_notebook_takes_from_dinv_is_there(notebook):
     """In branches as well that no committed run enters: those for a user's folder of photographs."""
-    tree = ast.parse("\n".join(cell.source for cell in code_cells(notebook)))
     modules = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "dinv":
-            names = [name.name for name in node.names]
-            taken = {name: getattr(__import__("dinv", fromlist=names), name) for name in names}
-            modules |= {name: found for name, found in taken.items() if isinstance(found, ModuleType)}
-    asked = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
-    asked = [(n.value.id, n.attr) for n in asked if n.value.id in modules]
-    missing = [f"{module}.{name}" for module, name in asked if not hasattr(modules[module], name)]
-    assert modules and not missing
+    for node in nodes(notebook, ast.ImportFrom):
+        if node.module.split(".")[0] == "dinv":
+            for alias in node.names:
+                owner = __import__(node.module, fromlist=[alias.name])  # imports a module of that name
+                assert hasattr(owner, alias.name), f"{node.module} has no {alias.name}"
+                if isinstance(value := getattr(owner, alias.name), ModuleType):
+                    modules[alias.asname or alias.name] = value
+    for node in nodes(notebook, ast.Attribute):
+        if isinstance(node.value, ast.Name) and node.value.id in modules:
+            module = modules[node.value.id]
+            assert hasattr(module, node.attr), f"{module.__name__} has no {node.attr}"
 
 
-def test_at_least_four_checked_cells_none_empty(notebook):
-    checked = [cell for cell in code_cells(notebook) if cell.source.startswith(MARK)]
-    assert len(checked) >= 4
+def test_cells_make_experiments_by_calling_methods(notebook):
+    """No name of a stage and no name of a file says what is run: a method and its arguments do."""
+    calls = [call for call in nodes(notebook, ast.Call) if called(call) in METHODS]
+    assert calls
+    for call in calls:
+        for argument in [*call.args, *(keyword.value for keyword in call.keywords)]:
+            assert not isinstance(argument, ast.JoinedStr), f"an f-string: {ast.unparse(call)}"
+            if called(call) not in ("network", "train_network"):  # a role, an architecture
+                assert not isinstance(getattr(argument, "value", None), str), f"a string: {ast.unparse(call)}"
+            assert getattr(argument, "id", "") != "run", f"`run` as argument: {ast.unparse(call)}"
+    texts = [node.value for node in nodes(notebook, ast.Constant) if isinstance(node.value, str)]
+    assert not [text for text in texts if re.search(r"^runs/|DINV_CACHE", text)]
+    assert not [n for n in nodes(notebook, ast.ImportFrom) if n.module == "dinv.experiments.cache"]
+
+
+def test_code_cells_are_short_and_plain(notebook):
+    for cell in code_cells(notebook):
+        body = ast.parse(cell.source).body
+        imports = [x for x in body if isinstance(x, ast.Import | ast.ImportFrom)]  # ruff: one name per line
+        lines = cell.source.count("\n") + 1 - sum(x.end_lineno - x.lineno + 1 for x in imports)
+        assert lines <= 30, cell.source
+        for trick in (r"inspect\.getsource", r"1e-12 *\*", r"strict=True"):
+            assert not re.search(trick, cell.source), f"{trick} in:\n{cell.source}"
+
+
+def test_checks_stand_apart_one_a_section(notebook):
+    sections = [[]]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.MULTILINE):
+            sections.append([])
+        if "checks" in cell.metadata.get("tags", []):
+            sections[-1].append(cell.source)
+    assert all(len(checks) <= 1 for checks in sections), [len(checks) for checks in sections]
+    checked = [cell for cell in code_cells(notebook) if MARK in cell.source]
+    assert checked
     for cell in checked:
-        assert text_of(cell).strip(), f"nothing to compare in:\n{cell.source}"
+        assert cell.source.startswith(MARK) and "checks" in cell.metadata.get("tags", []), cell.source
+        printed = [output.get("text", "") for output in cell.outputs if output.get("name") == "stdout"]
+        assert "".join(printed).strip(), f"nothing to compare in:\n{cell.source}"
 
 
 def test_committed_outputs_are_whole_and_clean(notebook):
@@ -76,13 +114,6 @@ def test_committed_outputs_are_whole_and_clean(notebook):
         for output in cell.outputs:
             assert output.output_type != "error", f"{output.get('evalue')} in:\n{cell.source}"
             assert output.get("name") != "stderr", f"stderr in:\n{cell.source}"
-    assert "no band" not in json.dumps(notebook) and "OUT OF BAND" not in json.dumps(notebook)
-
-
-def test_checked_bands_hold_in_the_committed_outputs(notebook):
-    lines = [x for cell in code_cells(notebook) if MARK in cell.source for x in text_of(cell).splitlines()]
-    banded = [line for line in lines if "band" in line]
-    assert banded and all(line.endswith(": within band") for line in banded)
 
 
 def test_form(notebook):
@@ -96,36 +127,23 @@ def test_form(notebook):
 def test_every_exercise_has_a_solution_that_is_python(notebook):
     exercises = notebook.cells[-1].source.partition("## Exercises")[2].partition("## References")[0]
     assert len(solutions(notebook)) == len(re.findall(r"^\d\. \*\*", exercises, re.MULTILINE)) >= 2
-    for solution in solutions(notebook):
-        ast.parse(solution)
+    assert all(ast.parse(solution).body for solution in solutions(notebook))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_solutions_run_where_a_reader_would_paste_them(notebook, tmp_path, monkeypatch):
     """One after the other, at the end of the notebook, on the smoke profile."""
-    for name in ("CACHE", "FIGURES"):
-        monkeypatch.setenv(f"DINV_{name}", str(tmp_path / name.lower()))
-    notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in solutions(notebook)]
+    for name in ("DINV_CACHE", "DINV_FIGURES", "JUPYTER_PATH"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    for name in ("PYTHONPATH", "PYDEVD_DISABLE_FILE_VALIDATION"):
+        monkeypatch.setenv(name, "")  # `own_kernel` changes them
+    reproduce.own_kernel(str(tmp_path / "jupyter"))
+    pasted = [nbformat.v4.new_code_cell(solution) for solution in solutions(notebook)]
+    notebook.cells += pasted
     nbformat.write(notebook, tmp_path / "source.ipynb")
-    with execution.own_kernel():
-        done = execution.execute(tmp_path / "source.ipynb", tmp_path / "done.ipynb", {"profile": "smoke"})
-    for cell in done.cells[-len(solutions(notebook)) :]:
-        shown = [output.output_type for output in cell.outputs if output.get("name") != "stderr"]
+    failure = reproduce.execute(tmp_path / "source.ipynb", tmp_path / "done.ipynb", {"profile": "smoke"})
+    assert not failure, failure
+    for cell in nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[-len(pasted) :]:
+        shown = [output for output in cell.outputs if output.get("name") != "stderr"]
         assert cell.execution_count and shown, f"shows nothing:\n{cell.source}"
-
-
-def test_code_cells_are_short(notebook):
-    for cell in code_cells(notebook):
-        assert cell.source.count("\n") < 30, cell.source
-
-
-def test_every_band_belongs_to_a_checked_line():
-    bands = json.loads((repository_root() / "tests" / "bands.json").read_text())
-    sources = "\n".join(
-        cell.source for path in NOTEBOOKS for cell in code_cells(nbformat.read(path, as_version=4))
-    )
-    for profile, names in bands.items():
-        for name, (low, high) in names.items():
-            assert f'run.check("{name}"' in sources, f"{profile}: {name} is never checked"
-            assert low <= high

@@ -7,11 +7,10 @@ from dinv.models.classifier import (
     inputs_of,
     parameter_count,
     resized,
-    structure,
     to_float,
 )
 from dinv.models.pretrained import WeightsUnavailable
-from dinv.models.registry import (
+from dinv.models.zoo import (
     DOMAINS,
     NETWORKS,
     CorruptCheckpoint,
@@ -24,5 +23,5 @@ from dinv.models.registry import (
 __all__ = [
     "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "WeightsUnavailable", "autocast",
     "create_model", "evaluating", "inputs_of", "load_model", "load_weights", "parameter_count", "resized",
-    "shipped_models", "structure", "to_float",
+    "shipped_models", "to_float",
 ]  # fmt: skip

@@ -1,0 +1,210 @@
+"""The methods of `dinv` as cached stages, with the names and signatures that they have there.
+
+A network that is trained in place is frozen afterwards. Keys are made of all that is handed in: see `cache`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinv import continual, distillation, generator, pool, training
+from dinv.continual import ContinualSettings
+from dinv.data import Dataset, load_dataset
+from dinv.distillation import DistillationResult, DistillationSettings, DistillStep, Source
+from dinv.experiments.cache import stage
+from dinv.experiments.device import device
+from dinv.experiments.profiles import Profile
+from dinv.files import NO_CHECKPOINT
+from dinv.inversion import Inverter
+from dinv.models import Classifier, create_model, load_model, shipped_models
+from dinv.pool import Pool
+from dinv.training import TrainingSettings, accuracy
+
+EVAL_IMAGES = 2000  # test images for the curves; the tables take them all
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """A seed of its own for every kind of work, from the run's seed and a name."""
+    digest = hashlib.sha256(f"{name}/{seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+# ---- networks --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Trained:
+    state: dict[str, Tensor]
+    history: list[dict[str, float]]
+    seconds: float = 0.0
+
+
+def train_network(
+    model: Classifier, data: Dataset, settings: TrainingSettings, *, seed: int = 0
+) -> list[dict[str, float]]:
+    """`training.train` as a stage: one record per epoch."""
+
+    @stage("network", version=1)
+    def train(model, data, settings, seed, checkpoint=NO_CHECKPOINT) -> _Trained:
+        history = training.train(model, data, settings, seed=seed, checkpoint=checkpoint)
+        return _Trained(model.state_dict(), history)
+
+    return _finished(model, train(model, data, settings, seed))
+
+
+def network(profile: Profile, role: str, seed: int = 0) -> Classifier:
+    """The profile's "teacher" or "verifier", frozen: as shipped, or trained by a stage.
+
+    It is trained where the profile says `retrain` and where no weights are shipped.
+    """
+    name = getattr(profile, role)
+    if name in shipped_models() and not profile.retrain:
+        return load_model(name).to(device())
+    return trained(profile, role, seed)[0]
+
+
+def trained(profile: Profile, role: str, seed: int = 0) -> tuple[Classifier, list[dict[str, float]]]:
+    """Train the profile's teacher or verifier from scratch, or find it trained: (network, history)."""
+    name = getattr(profile, role)
+    seed = stage_seed(seed, name)
+    model = create_model(name, profile.dataset, seed=seed).to(device())
+    data = load_dataset(profile.dataset, "train", device())
+    return model, train_network(model, data, getattr(profile, f"{role}_training"), seed=seed)
+
+
+def _finished(model: Classifier, result: Any) -> list[dict[str, float]]:
+    model.load_state_dict(result.state)
+    model.freeze()
+    return result.history
+
+
+# ---- images ----------------------------------------------------------------------------------------
+
+
+@stage("pool", version=1)
+def synthesize(
+    inverter: Inverter,
+    labels: Tensor,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    snapshots: tuple[int, ...] = (),
+    checkpoint=NO_CHECKPOINT,
+) -> Pool:
+    """`pool.synthesize` as a stage. The same seed starts from the same noise, whatever the objective."""
+    options = {"batch_size": batch_size, "seed": seed, "snapshots": snapshots, "checkpoint": checkpoint}
+    return pool.synthesize(inverter, labels, **options)
+
+
+@dataclass
+class SourcePool(Pool):
+    """A pool whose batches a source made; `batch_seconds` are those of each."""
+
+    batch_seconds: tuple[float, ...] = ()
+
+
+@stage("pool", version=1)
+def synthesize_from(
+    source: Source, rounds: int, student: Classifier | None = None, *, checkpoint=NO_CHECKPOINT
+) -> SourcePool:
+    """`generator.synthesize_from` as a stage.
+
+    Args:
+        source: a fresh one.
+        student: the network that the source competes with, if it does; stays as it is.
+    """
+    competitor = source.teacher if student is None else student
+    images, seconds = generator.synthesize_from(source, rounds, competitor, checkpoint)
+    labels = torch.cat([source.labels(number) for number in range(rounds)])
+    return SourcePool(images, labels, batch_seconds=tuple(seconds))
+
+
+# ---- students --------------------------------------------------------------------------------------
+
+
+def networks_of(profile: Profile, pair: str) -> tuple[Classifier, str]:
+    """A column of Table 1, such as "resnet_small->resnet_tiny": the teacher, frozen, and a student's name.
+
+    Raises:
+        ValueError: its teacher is neither the profile's teacher nor its verifier.
+    """
+    name, _, student = pair.partition("->")
+    roles = {getattr(profile, role): role for role in ("verifier", "teacher")}
+    if name not in roles or not student:
+        raise ValueError(f"pair {pair!r} must read TEACHER->STUDENT, the teacher one of {', '.join(roles)}")
+    return network(profile, roles[name]), student
+
+
+def fresh_student(profile: Profile, architecture: str, seed: int) -> Classifier:
+    """An untrained network of the profile's classes: for all methods of a column the same."""
+    return create_model(architecture, profile.dataset, seed=stage_seed(seed, architecture)).to(device())
+
+
+@dataclass
+class Distilled(DistillationResult):
+    """A `DistillationResult` with the student's weights and the seconds of the stage, all in all."""
+
+    state: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def distill(
+    teacher: Classifier,
+    student: Classifier,
+    source: Source | Tensor,
+    settings: DistillationSettings,
+    *,
+    seed: int = 0,
+    eval_data: Dataset | None = None,
+    eval_every: int = 1,
+    step: DistillStep | None = None,
+) -> Distilled:
+    """`distillation.distill` as a stage. All draws depend on `seed` and the student's name.
+
+    Args:
+        eval_data: real images for Figure 4: after every `eval_every` rounds the accuracy on the first
+            `EVAL_IMAGES` of them goes into the history as "real". Nothing follows from it.
+        step: to use again what is compiled; it changes no result, and is not part of the key.
+    """
+
+    @stage("student", version=1)
+    def run(teacher, student, source, settings, seed, data, every, checkpoint=NO_CHECKPOINT) -> Distilled:
+        def watch(number: int, model: Classifier) -> dict[str, float]:
+            if data is None or number % every:
+                return {}
+            return {"real": accuracy(model, data.images[:EVAL_IMAGES], data.labels[:EVAL_IMAGES])}
+
+        options = {"watch": watch, "step": step, "checkpoint": checkpoint}
+        seed = stage_seed(seed, student.name)
+        result = distillation.distill(teacher, student, source, settings, seed=seed, **options)
+        return Distilled(result.history, result.images, result.compile_seconds, student.state_dict())
+
+    result = run(teacher, student, source, settings, seed, eval_data, eval_every)
+    _finished(student, result)
+    return result
+
+
+def learn(
+    old: Classifier,
+    network: Classifier,
+    new: Dataset,
+    settings: ContinualSettings,
+    *,
+    images: Tensor | None = None,
+    labels: Tensor | None = None,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """`continual.learn` as a stage: the records of its history."""
+
+    @stage("extended", version=1)
+    def run(old, network, new, settings, images, labels, seed, checkpoint=NO_CHECKPOINT) -> _Trained:
+        options = {"images": images, "labels": labels, "seed": seed, "checkpoint": checkpoint}
+        history = continual.learn(old, network, new, settings, **options)
+        return _Trained(network.state_dict(), history)
+
+    return _finished(network, run(old, network, new, settings, images, labels, seed))

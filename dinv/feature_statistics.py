@@ -1,0 +1,200 @@
+"""Feature statistics: what BatchNorm remembers of a lost training set, and what a batch shows.
+
+For every BatchNorm layer the tensor of interest is its *input*. Its mean and biased variance, per
+channel over images and positions, are compared with the layer's running mean and running variance.
+A network without BatchNorm remembers nothing; there the same statistics are measured on images
+that the user has, at the outputs of its convolutions (in a transformer, of its LayerNorms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dinv.models.classifier import evaluating, to_float
+
+
+class NoBatchNorm(ValueError):
+    """A network without BatchNorm was asked for the statistics that only BatchNorm keeps."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per-channel means and biased variances, one pair per layer, in forward order of the modules.
+
+    Attributes:
+        layers: module names inside the classifier.
+        means, variances: tensors of shape (C_l,), float32 unless the network is in another precision.
+        source: where they come from, for tables.
+    """
+
+    layers: tuple[str, ...]
+    means: tuple[Tensor, ...]
+    variances: tuple[Tensor, ...]
+    source: str = field(compare=False)
+
+    def to(self, device: torch.device | str) -> Statistics:
+        means = tuple(m.to(device) for m in self.means)
+        return Statistics(self.layers, means, tuple(v.to(device) for v in self.variances), self.source)
+
+
+def feature_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers to read: BatchNorm layers, else convolutions, LayerNorm or linear layers.
+
+    A single convolution, such as the one that cuts a transformer's image into patches, counts only where
+    there is no LayerNorm.
+    """
+    for kind, least in ((_BatchNorm, 1), (nn.Conv2d, 2), (nn.LayerNorm, 1), (nn.Conv2d, 1), (nn.Linear, 1)):
+        names = tuple(name for name, module in model.named_modules() if isinstance(module, kind))
+        if len(names) >= least:
+            return names
+    raise ValueError(f"{type(model).__name__} has no BatchNorm, convolution or linear layer to read")
+
+
+def batchnorm_statistics(model: nn.Module, copy: bool = True) -> Statistics:
+    """The running means and variances that the BatchNorm layers of `model` hold.
+
+    Args:
+        copy: False gives the buffers themselves, which change when the network is trained or loaded.
+
+    Raises:
+        NoBatchNorm: there is no BatchNorm layer, or none that tracks running statistics.
+    """
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    modules = {name: module for name, module in modules.items() if module.running_mean is not None}
+    if not modules:
+        raise NoBatchNorm(
+            f"{getattr(model, 'name', type(model).__name__)} has no BatchNorm layer with running "
+            "statistics, so nothing in it remembers the training set: measure them on images you "
+            "have, measure_statistics(model, images), and pass FeatureStatistics(statistics=...)"
+        )
+    means = [module.running_mean for module in modules.values()]
+    variances = [module.running_var for module in modules.values()]
+    if copy:
+        means, variances = ([at_least_float32(x).clone() for x in xs] for xs in (means, variances))
+    return Statistics(tuple(modules), tuple(means), tuple(variances), "BatchNorm buffers")
+
+
+@contextmanager
+def recorded(model: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """While open, every forward pass of `model` leaves the tensors of `layers` in the yielded dict.
+
+    For a BatchNorm layer that is its input, for any other layer its output. The hooks are gone when
+    the block is left, also by an exception.
+    """
+    features: dict[str, Tensor] = {}
+    handles = register_hooks(model, layers, features)
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def register_hooks(model: nn.Module, layers: tuple[str, ...], features: dict[str, Tensor]) -> list:
+    """Install the hooks behind `recorded`, which write into `features`; returns their handles."""
+    modules = dict(model.named_modules())
+    missing = [name for name in layers if name not in modules]
+    if missing:
+        raise ValueError(f"the network has no layer {missing[0]!r}; it has {', '.join(modules)[:200]}")
+
+    def keep_input(name, module, inputs):
+        features[name] = inputs[0]
+
+    def keep_output(name, module, inputs, output):
+        features[name] = output.clone()  # an in-place activation may write over it
+
+    return [
+        modules[name].register_forward_pre_hook(partial(keep_input, name))
+        if isinstance(modules[name], _BatchNorm)
+        else modules[name].register_forward_hook(partial(keep_output, name))
+        for name in layers
+    ]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, unless it is float64 already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def moments(x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel of x, (N, C, ...) or, for tokens, (N, T, C).
+
+    One pass over x: E[d] and E[d^2] of d = x - shift. With the shift near the mean, as the running
+    mean is, their difference loses no digits, which plain E[x^2] - E[x]^2 would.
+    """
+    channel = 1 if x.dim() != 3 else 2
+    axes = [axis for axis in range(x.dim()) if axis != channel]
+    x = at_least_float32(x)
+    if shift is None:
+        variance, mean = torch.var_mean(x, dim=axes, unbiased=False)
+        return mean, variance
+    shape = [1] * x.dim()
+    shape[channel] = -1
+    d = x - shift.view(shape)
+    first = d.mean(axes)
+    return first + shift, (d * d).mean(axes) - first * first
+
+
+@torch.no_grad()
+def measure_statistics(
+    model: nn.Module, images: Tensor, layers: tuple[str, ...] | None = None, batch_size: int = 500
+) -> Statistics:
+    """Statistics of `images`, float32 NCHW in [0, 1] or uint8, at `layers` of `model` (`feature_layers`).
+
+    All images count as one batch, whatever `batch_size` says: sums run over the parts in float64.
+
+    Raises:
+        ValueError: no images, or a layer that the network does not have.
+    """
+    if images.shape[0] == 0:
+        raise ValueError("measure_statistics was given an empty batch: at least one image is needed")
+    layers = feature_layers(model) if layers is None else layers
+    device = next(model.parameters()).device
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    with evaluating(model), recorded(model, layers) as features:
+        for part in images.split(batch_size):
+            model(to_float(part, device))
+            weight = part.shape[0] / images.shape[0]
+            for name in layers:
+                mean, variance = (m.double() for m in moments(features[name]))
+                first[name] = first.get(name, 0) + weight * mean
+                second[name] = second.get(name, 0) + weight * (variance + mean**2)
+    return Statistics(
+        layers,
+        tuple(first[n].float() for n in layers),
+        tuple((second[n] - first[n] ** 2).clamp_min(0).float() for n in layers),
+        f"{images.shape[0]} images",
+    )
+
+
+def l2_distance(mean: Tensor, variance: Tensor, mean0: Tensor, variance0: Tensor) -> Tensor:
+    """One layer's part of R_feature: ||mu - mu0||_2 + ||var - var0||_2 (paper, equation 4 [M])."""
+    return torch.linalg.vector_norm(mean - mean0) + torch.linalg.vector_norm(variance - variance0)
+
+
+def kl_distance(mean: Tensor, variance: Tensor, mean0: Tensor, variance0: Tensor) -> Tensor:
+    """KL( N(mu, var) || N(mu0, var0) ), mean over channels: free of the layer's scale."""
+    variance, variance0 = variance.clamp_min(1e-8), variance0.clamp_min(1e-8)
+    ratio = variance / variance0
+    return 0.5 * (ratio - ratio.log() - 1 + (mean - mean0) ** 2 / variance0).mean()
+
+
+DISTANCES = {"l2": l2_distance, "kl": kl_distance}
+
+
+def layer_distances(statistics: Statistics, reference: Statistics, distance: str = "l2") -> Tensor:
+    """One distance per layer, float32 of shape (layers,)."""
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance {distance!r}: choose {' or '.join(DISTANCES)}")
+    if statistics.layers != reference.layers:
+        raise ValueError("the two statistics are of different layers")
+    pairs = (statistics.means, statistics.variances, reference.means, reference.variances)
+    return torch.stack([DISTANCES[distance](*four) for four in zip(*pairs, strict=True)])

@@ -1,0 +1,222 @@
+"""Files that are whole or absent: where they live, digests, atomic writes, locks."""
+
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class Corrupt(Exception):
+    """A stored file is not what was written; the message names it and says in what way."""
+
+
+class NoCheckpoint:
+    """For work that is not resumed. A checkpoint calls `make() -> (tensors, meta)` if it is time to save."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict] | None:
+        """What was saved last, if anything."""
+
+    def save(self, make: Callable[[], tuple[Mapping[str, Tensor], Mapping]]) -> None: ...
+
+    def progress(self, done: int, total: int, **numbers: float) -> None: ...
+
+
+NO_CHECKPOINT = NoCheckpoint()
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of "unknown ...": ": did you mean X?" where one of `known` is close to `name`, else "."."""
+    lower = {str(other).lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    return f": did you mean {lower[close[0]]}?" if close else "."
+
+
+def repository_root() -> Path:
+    """The checkout around this package, else around the working directory, else that directory itself."""
+    for folder in (Path(__file__).resolve().parent.parent, Path.cwd(), *Path.cwd().parents):
+        project = folder / "pyproject.toml"
+        if project.is_file() and 'name = "dinv"' in project.read_text(encoding="utf-8"):
+            return folder
+    return Path.cwd()
+
+
+def cache_root() -> Path:
+    """Where stages are kept: the environment variable DINV_CACHE, else `runs/`."""
+    return Path(os.environ.get("DINV_CACHE") or repository_root() / "runs").absolute()
+
+
+def figures_root() -> Path:
+    """Where results and figures go: the environment variable DINV_FIGURES, else `figures/`."""
+    return Path(os.environ.get("DINV_FIGURES") or repository_root() / "figures").absolute()
+
+
+def make_folder(path: Path, variable: str) -> Path:
+    """Make the folder `path`. Where that fails, the message names the environment variable that moves it."""
+    advice = f"set {variable} to another folder"
+    if file := next((p for p in (path, *path.parents) if p.is_file()), None):
+        raise NotADirectoryError(f"{file} is a file, but a folder should be there: move it away, or {advice}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {path}: {error.strerror}; {advice}") from error
+    return path
+
+
+def canonical_json(value, where: str = "value") -> str:
+    """`value` in its one spelling: keys sorted, no blanks. TypeError names an entry that JSON cannot hold."""
+    _plain(value, where)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Checksum over names, dtypes, shapes and bytes of the tensors, and over `text`."""
+    return digest([tensors, text])
+
+
+def digest(value, where: str = "") -> str:
+    """SHA-256 of what `value` holds, the same in every process; 1, 1.0 and True differ, (1,) and [1] do not.
+
+    Takes None, bool, int, finite float, str, tensors, networks, dataclasses, lists, tuples, dicts with string
+    keys, and objects whose `digest_parts()` returns such a value. Anything else raises a TypeError that says
+    what was found and where, e.g. at `settings.callback`; `where` names the root.
+    """
+    return sha256_text(json.dumps(_plain(value, where), sort_keys=True, allow_nan=False))
+
+
+def _plain(value, where: str):
+    """`value` as JSON holds it: tensors by their checksum, objects by their class and parts."""
+    name = type(value).__qualname__
+    if isinstance(value, None | bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, f"{where}.{key}".removeprefix(".")) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
+    if hasattr(value, "digest_parts") and not isinstance(value, type):
+        return [name, _plain(value.digest_parts(), where)]
+    if isinstance(value, nn.Module):
+        return [name, getattr(value, "name", ""), repr(value), _plain(dict(value.state_dict()), where)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value) if field.compare]
+        return [name, _plain({field: getattr(value, field) for field in fields}, where)]
+    raise TypeError(
+        f"{where or 'the value'} is a {name} ({value!r:.60}), expected None, bool, int, finite float, str, "
+        "lists and dicts (keys: str) of them; a digest takes also tensors, networks and dataclasses"
+    )
+
+
+@contextmanager
+def atomic_write(path: Path, size: int) -> Iterator[Path]:
+    """Yield a temporary name that becomes `path` if the block ends well. `size`: bytes it needs."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}. It needs {size / 1e6:.3g} "
+            f"MB, {free / 1e6:.3g} MB are free there: make room, or set DINV_CACHE and DINV_FIGURES to "
+            "folders on another disk; the same command then goes on"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path, len(text.encode())) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file holds them: on the CPU, contiguous, no two sharing memory."""
+    result, addresses = {}, set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"'{name}' is a {type(tensor).__name__}, expected a tensor: keep it in meta")
+        plain = tensor.detach().cpu().contiguous()
+        address = plain.untyped_storage().data_ptr()
+        result[name] = plain.clone() if address in addresses else plain
+        addresses.add(address)
+    return result
+
+
+def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> None:
+    """Write one safetensors file, with one string `metadata` in its header."""
+    with atomic_write(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_file(dict(tensors), temporary, {"dinv": metadata} if metadata else None)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors and the metadata string of a file; `Corrupt` if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, metadata = list(file.keys()), (file.metadata() or {}).get("dinv", "")
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except (OSError, SafetensorError) as error:
+        raise Corrupt(f"{path} cannot be read ({error})") from error
+
+
+def write_record(path: Path, record: dict) -> None:
+    """Write a JSON object together with its own checksum."""
+    record = record | {"checksum": sha256_text(canonical_json(record, path.name))}
+    write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def read_record(path: Path) -> dict:
+    """What `write_record` wrote; `Corrupt` if the file holds anything else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.pop("checksum") == sha256_text(canonical_json(record, path.name)):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Corrupt(f"{path} cannot be read ({error})") from error
+    raise Corrupt(f"{path} is corrupt (its checksum does not match)")
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder against other processes; the lock ends with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: go on, every write is still a rename
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"dinv: another process is busy with {what}; waiting for it", file=sys.stderr)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # unlocked by name, as a forked child may hold the handle as well
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
