@@ -335,11 +335,10 @@ def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _as_uint8(images: Tensor) -> Tensor:
-    if images.dtype == torch.uint8:
-        return images
-    if images.is_floating_point() and ((images >= 0) & (images <= 1)).all():
-        return to_uint8(images)
-    raise ValueError(f"images must be uint8, or float in [0, 1], got {images.dtype} up to {images.max():.3g}")
+    if images.dtype == torch.uint8 or (images.is_floating_point() and ((images >= 0) & (images <= 1)).all()):
+        return images if images.dtype == torch.uint8 else to_uint8(images)
+    span = f"{images.min():.3g} to {images.max():.3g}, {images.dtype}"
+    raise ValueError(f"images must be uint8, or float in [0, 1], got {span}")
 
 
 def _require_fitting(teacher: Classifier, student: Classifier, images: Tensor) -> None:
