@@ -14,7 +14,7 @@ from dinv.data import Dataset, load_dataset
 from dinv.distillation import DistillationSettings, DistillStep, FixedImages, InversionSource, distill
 from dinv.feature_statistics import NoBatchNorm, Statistics, batchnorm_statistics, measure_statistics
 from dinv.generator import GeneratorSettings, GeneratorSource, generate
-from dinv.inversion import Inversion, InversionSettings, Inverter, NotFinite, balanced_labels, invert
+from dinv.inversion import Inversion, InversionSettings, Inverter, balanced_labels, invert
 from dinv.models import Classifier, create_model, load_model
 from dinv.objectives import (
     Competition,
@@ -27,6 +27,7 @@ from dinv.objectives import (
 )
 from dinv.pool import Pool, synthesize
 from dinv.pruning import PruningSettings, load_pruned, prune
+from dinv.step import NotFinite
 from dinv.training import TrainingSettings, train
 
 __version__ = "0.1.0"

@@ -24,12 +24,7 @@ from dinv.compiling import compiler_available, compiling_pays
 from dinv.models.classifier import Classifier
 from dinv.objectives import Objective, Term
 from dinv.pyramid import PyramidAdam
-from dinv.step import NotFinite, Step, jittered, require_finite
-
-__all__ = [
-    "Inversion", "InversionSettings", "Inverter", "NotFinite", "Progress", "Step", "balanced_labels",
-    "check_labels", "invert", "jittered", "require_finite",
-]  # fmt: skip
+from dinv.step import Step, jittered, require_finite
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from dinv.files import digest
-from dinv.inversion import InversionSettings, Inverter, Step, balanced_labels, invert
+from dinv.inversion import InversionSettings, Inverter, balanced_labels, invert
 from dinv.objectives import Competition, CrossEntropy, View, jensen_shannon
+from dinv.step import Step
 
 
 def generator(seed=0):

@@ -10,8 +10,9 @@ from torch import nn
 
 from dinv.feature_statistics import recorded
 from dinv.files import digest
-from dinv.inversion import InversionSettings, Inverter, NotFinite, balanced_labels, invert, jittered
+from dinv.inversion import InversionSettings, Inverter, balanced_labels, invert
 from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Term, TotalVariation, View
+from dinv.step import NotFinite, jittered
 
 LABELS = torch.arange(6) % 5
 PLAIN = InversionSettings(steps=12, lr=0.1, compile="never")

@@ -18,13 +18,6 @@ from dinv.experiments.profiles import Profile
 from dinv.experiments.stages import learn, stage_seed, train_network
 from dinv.models import Classifier, create_model, load_model, shipped_models
 
-NO_REPLAY = ("fine-tuning", "LwF.MC")  # nothing stands for the lost images
-DATA_FREE = ("DeepInversion", "ADI")
-ORACLES = ("oracle distillation", "oracle classification")  # the lost images themselves
-METHODS = NO_REPLAY + DATA_FREE + ORACLES
-ABD = "local cross-entropy and features"  # Always Be Dreaming (Smith et al., ICCV 2021), for classes alike
-
-
 # ---- scenarios -------------------------------------------------------------------------------------
 
 

@@ -16,9 +16,6 @@ from dinv.latency import LatencyTable, Layer, batch_of
 from dinv.models import Classifier
 from dinv.pruning import Pruned, PruningSettings, Unreachable
 
-METHODS = ("noise", "DeepDream", "DeepInversion", "ADI")
-CEILINGS = ("1 % real", "10 % real", "all real")
-
 
 @dataclass(frozen=True)
 class PrunedCell:

@@ -20,7 +20,6 @@ from dinv.experiments.cache import stage
 from dinv.experiments.device import device
 from dinv.experiments.profiles import Profile
 from dinv.files import NO_CHECKPOINT
-from dinv.inversion import Inverter
 from dinv.models import Classifier, create_model, load_model, shipped_models
 from dinv.pool import Pool
 from dinv.training import TrainingSettings, accuracy
@@ -86,19 +85,8 @@ def _finished(model: Classifier, result: Any) -> list[dict[str, float]]:
 # ---- images ----------------------------------------------------------------------------------------
 
 
-@stage("pool", version=1)
-def synthesize(
-    inverter: Inverter,
-    labels: Tensor,
-    *,
-    batch_size: int = 256,
-    seed: int = 0,
-    snapshots: tuple[int, ...] = (),
-    checkpoint=NO_CHECKPOINT,
-) -> Pool:
-    """`pool.synthesize` as a stage. The same seed starts from the same noise, whatever the objective."""
-    options = {"batch_size": batch_size, "seed": seed, "snapshots": snapshots, "checkpoint": checkpoint}
-    return pool.synthesize(inverter, labels, **options)
+# The same seed starts from the same noise, whatever the objective.
+synthesize = stage("pool", version=1)(pool.synthesize)
 
 
 @dataclass

@@ -17,8 +17,6 @@ from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, 
 from dinv.pool import to_uint8
 
 DATA_FREE = ("noise", "DeepDream", "DeepInversion", "ADI", "generator")
-CEILINGS = ("1 % real", "all real")  # no part of the method: the same loop on real images
-METHODS = DATA_FREE + CEILINGS
 PIXELS = ("DeepDream", "DeepInversion", "ADI")  # methods that optimise pixels
 WARMUP_ROUNDS = 1  # rounds in which a student learns from the first images, before new ones come
 
