@@ -192,11 +192,13 @@ def epoch_batches(
     dataset: Dataset, settings: TrainingSettings, generator: torch.Generator, low_res: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled, augmented batches: float32 [0, 1] images, channels last, and their labels."""
-    for images, labels in dataset.batches(settings.batch_size, generator=generator, drop_last=True):
-        images = augment(images, generator, pad=settings.pad, flip=settings.flip).float().div_(255)
+    order = torch.randperm(len(dataset), generator=generator)
+    for picked in order[: len(order) // settings.batch_size * settings.batch_size].split(settings.batch_size):
+        batch = dataset.take(picked.to(dataset.device))
+        images = augment(batch.images, generator, pad=settings.pad, flip=settings.flip).float().div_(255)
         if low_res:
             images = F.interpolate(images, scale_factor=0.75, mode="bilinear", antialias=True)
-        yield images.contiguous(memory_format=torch.channels_last), labels
+        yield images.contiguous(memory_format=torch.channels_last), batch.labels
 
 
 @torch.no_grad()

@@ -63,53 +63,16 @@ def test_wrong_tensors_are_refused():
         Dataset("x", "train", good.images, good.labels[1:], good.classes)
 
 
-@pytest.mark.parametrize(
-    "indices",
-    [
-        [5, 3, 59],
-        torch.tensor([5, 3, 59]),
-        np.array([5, 3, 59]),
-        torch.arange(60) % 7 == 3,
-        slice(2, 9, 3),
-        [],
-    ],
-)
-def test_take(indices):
+def test_take():
     data = numbered()
-    part, expected = data.take(indices), torch.arange(60)[indices].tolist()
-    assert part.images[:, 0, 0, 0].tolist() == expected
-    assert part.labels.tolist() == [i % 10 for i in expected]
-    assert part.images.shape[1:] == data.images.shape[1:] and part.classes == data.classes
-
-
-@pytest.mark.parametrize(
-    ("indices", "message"),
-    [
-        ([0, 60], r"from 0 to 60, but numbered train has 60 images \(0 to 59\)"),
-        ([-1], "from -1 to -1"),
-        ([0.5], r"must be integers \(n,\), not float32"),
-        ([[1, 2]], r"must be integers \(n,\), not int64 \(1, 2\)"),
-        ([True, False], r"a mask of 60 is needed, not bool \(2,\)"),
-    ],
-)
-def test_take_refuses(indices, message):
-    for use in (Dataset.take, Dataset.float):
-        with pytest.raises(IndexError, match=message):
-            use(numbered(), indices)
-
-
-def test_of_classes():
-    data = numbered()
-    some = data.of_classes([7, "class2"])
-    assert some.images[:, 0, 0, 0].tolist() == [2, 7, 12, 17, 22, 27, 32, 37, 42, 47, 52, 57]
-    assert set(some.labels.tolist()) == {2, 7}
-    assert some.classes == data.classes
-    with pytest.raises(ValueError, match="class 10 does not exist.*0 to 9"):
-        data.of_classes([10])
-    with pytest.raises(ValueError, match="unknown class 'clas3': did you mean class3"):
-        data.of_classes(["clas3"])
-    with pytest.raises(ValueError, match="no class was named"):
-        data.of_classes([])
+    for indices in ([5, 3, 59], torch.tensor([5, 3, 59]), torch.arange(60) % 7 == 3, slice(2, 9, 3), []):
+        part, expected = data.take(indices), torch.arange(60)[indices].tolist()
+        assert part.images[:, 0, 0, 0].tolist() == expected and part.classes == data.classes
+        assert part.labels.tolist() == [i % 10 for i in expected]
+    moved = data.to("meta")
+    assert moved.device.type == moved.labels.device.type == "meta"
+    with pytest.raises(IndexError, match="out of bounds"):
+        data.take(torch.tensor([0, 60]))
 
 
 def test_per_class(digits):
@@ -118,59 +81,10 @@ def test_per_class(digits):
     assert some.labels.bincount().tolist() == [14] * 10
     assert torch.equal(some.images, digits.per_class(14, generator(1)).images)
     assert not torch.equal(some.images, digits.per_class(14, generator(2)).images)
-    assert numbered().of_classes([3, 4]).per_class(1).labels.tolist() == [3, 4]
-    with pytest.raises(ValueError, match="7 images of every class.*only 6 of class class0"):
+    with pytest.raises(ValueError, match="7 images of every class.*has 6 of class class0"):
         numbered().per_class(7)
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match="0 images of every class"):
         numbered().per_class(0)
-
-
-def test_float(digits):
-    everything = digits.float()
-    assert everything.dtype == torch.float32
-    assert (everything.min(), everything.max()) == (0, 1)
-    assert torch.equal((everything * 255).round().to(torch.uint8), digits.images)
-    assert torch.equal(digits.float([3, 1]), everything[[3, 1]])
-    assert torch.equal(digits.float(slice(4)), everything[:4])
-    assert digits.images.max() == 255  # left as they were
-    moved = numbered().to("meta")
-    assert moved.device.type == moved.labels.device.type == "meta"
-    assert moved.take([1, 2]).images.shape == (2, 1, 4, 5)
-
-
-def test_batches_in_order():
-    data = numbered(10)
-    batches = list(data.batches(4))
-    assert [len(images) for images, _ in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([images for images, _ in batches]), data.images)
-    assert torch.equal(torch.cat([labels for _, labels in batches]), data.labels)
-    assert [len(images) for images, _ in data.batches(4, drop_last=True)] == [4, 4]
-    assert [len(images) for images, _ in data.batches(5, drop_last=True)] == [5, 5]
-    with pytest.raises(ValueError, match="at least 1, not 0"):
-        data.batches(0)
-    with pytest.raises(ValueError, match="batches of 64 leaves nothing of 10 images"):
-        data.batches(64, drop_last=True)
-
-
-def test_shuffled_batches():
-    data = numbered()
-
-    def epoch(source):
-        batches = list(data.batches(16, source))
-        for images, labels in batches:
-            assert torch.equal(images[:, 0, 0, 0] % 10, labels)
-        return torch.cat([images[:, 0, 0, 0] for images, _ in batches]).tolist()
-
-    source = generator()
-    first, second = epoch(source), epoch(source)
-    assert sorted(first) == sorted(second) == list(range(60))
-    assert first != second
-    assert first == epoch(generator())
-    # The draw is made at the call, not when the loop begins.
-    source = generator()
-    early, late = data.batches(60, source), data.batches(60, source)
-    assert next(late)[0][:, 0, 0, 0].tolist() == second
-    assert next(early)[0][:, 0, 0, 0].tolist() == first
 
 
 def test_to_rgb(digits):
@@ -184,10 +98,6 @@ def test_to_rgb(digits):
     assert (colour.images[:, :1] - expected).abs().max() <= 0.5 + 1e-4
     same = numbered(shape=(3, 32, 32))
     assert torch.equal(to_rgb(same).images, same.images)
-    assert to_rgb(same, 16).images[41].unique().tolist() == [41]
-    assert len(to_rgb(digits.take([]), 16)) == 0
-    with pytest.raises(ValueError, match="1 or 3 channels, not 2"):
-        to_rgb(numbered(shape=(2, 4, 4)))
 
 
 # ---- augmentation
@@ -254,16 +164,11 @@ def test_augment_copies_lets_gradients_through_and_takes_a_generator_elsewhere()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_the_same_crops_and_order_on_cuda(digits):
+def test_the_same_crops_on_cuda(digits):
     on_cpu, on_cuda = (augment(images, generator(), 2) for images in (digits.images, digits.images.cuda()))
     assert torch.equal(on_cpu, on_cuda.cpu())
-    on_cpu, on_cuda = digits.batches(100, generator()), digits.to("cuda").batches(100, generator())
-    for (images, labels), (moved, moved_labels) in zip(on_cpu, on_cuda, strict=True):
-        assert torch.equal(images, moved.cpu())
-        assert torch.equal(labels, moved_labels.cpu())
     source = torch.Generator("cuda").manual_seed(0)
     assert augment(digits.images, source).device.type == "cpu"
-    assert len(digits.per_class(5, source)) == 50
 
 
 def test_augment_refuses():

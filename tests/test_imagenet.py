@@ -47,14 +47,12 @@ def test_classes_by_name_and_at_random(teacher):
     assert sorted(imagenet.sample_classes(teacher, 9, apart_from=tuple("012345"))) == list("6789")
 
 
-def test_every_profiles_classes_schedule_and_objectives_fit_its_teacher():
+def test_every_profiles_classes_and_schedule_fit_its_teacher():
     teacher = load_model("package:efficientnet_lite0")
     for name in ("cpu", "gpu", "paper"):
         chosen = load_profile(name).imagenet
         assert len(imagenet.labels(teacher, chosen.classes, chosen.images_per_class)) >= 12
         assert chosen.inversion.plan(teacher.size)[-1][1] == teacher.size == 224
-        dream, inverted = (imagenet.objective(load_profile(name), x) for x in ("DeepDream", "DeepInversion"))
-        assert inverted.names == (*dream.names, "feature statistics")
 
 
 # ---- real images -----------------------------------------------------------------------------------

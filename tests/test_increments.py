@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from dinv.data import DATASETS, load_dataset
-from dinv.experiments import continual, stages, table1
+from dinv.experiments import continual, stages
 from dinv.experiments.profiles import load_profile
 from dinv.files import digest
 from dinv.inversion import Inverter, balanced_labels
 from dinv.models import load_model
+from dinv.objectives import CrossEntropy, FeatureStatistics
 
 SHORT = {
     **{"batch_size": 20, "distillation.inversion.stages": ((3, 8),)},
@@ -23,7 +24,8 @@ def profile(short_profile):
 
 
 def inverted(profile, old):
-    inverter = Inverter(old, table1.objectives(profile)["DeepInversion"], profile.distillation.inversion)
+    objective = CrossEntropy() + profile.alpha_f * FeatureStatistics()
+    inverter = Inverter(old, objective, profile.distillation.inversion)
     return stages.synthesize(inverter, balanced_labels(40, len(old.classes)), batch_size=20).images
 
 

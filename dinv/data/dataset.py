@@ -7,31 +7,27 @@ whole batch in one gather. No worker processes: 180 MB fit into memory, and a ba
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import dinv.data.sources as sources
 from dinv.data.sources import SPLITS
 from dinv.files import near, repository_root
+from dinv.models import DOMAINS, resized
 
-DATASETS: dict[str, tuple[str, ...]] = {  # name -> names of the classes, in the order of the labels
-    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    "mnist": tuple("0123456789"),
-    "digits": tuple("0123456789"),
-}
+# name -> names of the classes, in the order of the labels
+DATASETS: dict[str, tuple[str, ...]] = {name: domain.classes for name, domain in DOMAINS.items()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Labelled images, whole in memory on one device.
 
-    `images`: uint8 (N, C, H, W). `labels`: int64 (N,), each an index into `classes`. Methods that choose
-    images return a new `Dataset` with the same `classes`, also where only some of them are present.
+    `images`: uint8 (N, C, H, W). `labels`: int64 (N,), each an index into `classes`; not all need be there.
     """
 
     name: str
@@ -63,20 +59,8 @@ class Dataset:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, indices: Tensor | Sequence[int] | slice) -> Dataset:
-        """The images at `indices`: integers in [0, N), a bool mask of N, or a slice; else IndexError."""
-        index = self._index(indices)
-        return replace(self, images=self.images[index], labels=self.labels[index])
-
-    def of_classes(self, classes: Iterable[int | str]) -> Dataset:
-        """All images of these classes (numbers or names), in the order of the dataset."""
-        known = dict(zip(self.classes, range(len(self.classes)), strict=True))
-        numbers = [known[_known("class", c, known)] if isinstance(c, str) else int(c) for c in classes]
-        if not numbers:
-            raise ValueError(f"no class was named; {self.name} has: {', '.join(known)}")
-        if strange := set(numbers) - set(known.values()):
-            problem = f"class {min(strange)} does not exist"
-            raise ValueError(f"{problem}: {self.name} has the classes 0 to {len(known) - 1}")
-        return self.take(torch.isin(self.labels, torch.tensor(numbers, device=self.device)))
+        """The images at `indices`: integers, a bool mask of N, or a slice; IndexError out of range."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def per_class(self, count: int, generator: torch.Generator | None = None) -> Dataset:
         """`count` images of every class present, in the order of the dataset.
@@ -84,62 +68,16 @@ class Dataset:
         The first ones, or with a `generator` random ones: `per_class(50, generator)` is a balanced 1 % of
         CIFAR-10. ValueError where a class has fewer.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, not {count}")
         labels, chosen = self.labels.cpu(), []
         for label in labels.unique().tolist():
             members = (labels == label).nonzero().squeeze(1)
-            if len(members) < count:
-                raise ValueError(
-                    f"{count} images of every class were asked for, but {self.name} {self.split} has only "
-                    f"{len(members)} of class {self.classes[label]}"
-                )
+            if not 1 <= count <= len(members):
+                has = f"{self.name} {self.split} has {len(members)} of class {self.classes[label]}"
+                raise ValueError(f"{count} images of every class were asked for, but {has}")
             if generator is not None:
-                members = members[_permutation(len(members), generator).cpu()]
+                members = members[torch.randperm(len(members), generator=generator)]
             chosen.append(members[:count])
-        return self.take(torch.cat(chosen).sort().values if chosen else [])
-
-    def float(self, index: Tensor | Sequence[int] | slice | None = None) -> Tensor:
-        """The images at `index`, or all, as float32 (n, C, H, W) in [0, 1]. CIFAR-10's 50,000 take 614 MB."""
-        images = self.images if index is None else self.images[self._index(index)]
-        return images.to(torch.float32).div_(255)
-
-    def batches(
-        self, size: int, generator: torch.Generator | None = None, drop_last: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass in batches: uint8 images (size, C, H, W) and labels (size,); the last may be smaller.
-
-        In the order of the dataset (then the batches are views of it: do not write to them), or shuffled by a
-        `generator`: the permutation is drawn on the generator's device, at the call, so a CPU generator
-        shuffles alike on every device. `drop_last` leaves a smaller last batch out.
-        """
-        if size < 1:
-            raise ValueError(f"the batch size must be at least 1, not {size}")
-        if drop_last and size > len(self):
-            advice = "lower the batch size or keep the last batch"
-            raise ValueError(f"drop_last in batches of {size} leaves nothing of {len(self)} images; {advice}")
-        order = None if generator is None else _permutation(len(self), generator).to(self.device)
-        stop = len(self) // size * size if drop_last else len(self)
-        parts = (slice(start, min(start + size, stop)) for start in range(0, stop, size))
-        indices = (part if order is None else order[part] for part in parts)
-        return ((self.images[index], self.labels[index]) for index in indices)
-
-    def _index(self, index: Tensor | Sequence[int] | slice) -> Tensor | slice:
-        """`index` after a check, on this device."""
-        if isinstance(index, slice):
-            return index
-        index = torch.as_tensor(index)
-        if index.dtype == torch.bool:
-            if index.shape == self.labels.shape:
-                return index.to(self.device)
-            raise IndexError(f"a mask of {len(self)} is needed, not {_describe(index)}")
-        if index.numel() and (index.is_floating_point() or index.ndim > 1):
-            raise IndexError(f"indices must be integers (n,), not {_describe(index)}")
-        index = index.reshape(-1).to(torch.int64)
-        if index.numel() and (index.min() < 0 or index.max() >= len(self)):
-            there = f"{self.name} {self.split} has {len(self)} images (0 to {len(self) - 1})"
-            raise IndexError(f"indices go from {index.min()} to {index.max()}, but {there}")
-        return index.to(self.device)
+        return self.take(torch.cat(chosen).sort().values)
 
 
 def data_root() -> Path:
@@ -209,29 +147,13 @@ def augment(images: Tensor, generator: torch.Generator, pad: int = 4, flip: bool
 
 def to_rgb(dataset: Dataset, size: int = 32) -> Dataset:
     """The dataset as 3 x `size` x `size`: bilinear resize, grey repeated in three channels."""
-    channels, *sides = dataset.images.shape[1:]
-    if channels not in (1, 3):
-        raise ValueError(f"images must have 1 or 3 channels, not {channels}")
-    if size < 1:
-        raise ValueError(f"size must be at least 1, not {size}")
-    images = dataset.images
-    if sides != [size, size] and len(images):  # in pieces: all of MNIST as float32 would take half a gigabyte
-        options = {"size": (size, size), "mode": "bilinear", "antialias": True}
-        parts = (F.interpolate(part.float(), **options) for part in images.split(4096))
-        images = torch.cat([part.round_().clamp_(0, 255).to(torch.uint8) for part in parts])
-    if channels == 1:
-        images = images.repeat(1, 3, 1, 1)
-    return replace(dataset, images=images)
+    return replace(dataset, images=resized(dataset.images, size).expand(-1, 3, -1, -1).contiguous())
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
     """Positions in (-size, 2 size - 1) mirrored into [0, size), the border pixel not doubled."""
     last = size - 1
     return last - (last - position.abs()).abs()
-
-
-def _permutation(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(n, generator=generator, device=generator.device)
 
 
 def _known(kind: str, name: str, known: Iterable[str]) -> str:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +32,7 @@ from torchvision.datasets.utils import download_url
 
 from dinv.files import locked, make_folder, write_tensors
 
-PROBE_SECONDS = 8  # how long a remote route may take to give its first answer
-STALL_SECONDS = 30  # how long a download may be silent
+PROBE_SECONDS = 8  # how long a remote route may be silent
 NPM_SECONDS = 3600  # how long npm may take in all
 SPLITS = ("train", "test")
 
@@ -281,32 +279,24 @@ def _from_layout(name: str, splits: Sequence[str], root: Path) -> dict[str, Tens
 
 def _from_official(name: str, work: Path) -> dict[str, Tensor]:
     """torchvision's addresses, MD5 and download, but not its reader, which unpickles freely."""
-    source, patience = SOURCES[name], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)  # else a line gone silent is waited for for ever
+    source, patience, reasons = SOURCES[name], socket.getdefaulttimeout(), []
+    socket.setdefaulttimeout(PROBE_SECONDS)  # else a line gone silent is waited for for ever
     try:
-        mirror = _first_to_answer(source.mirrors, source.files[0][0])
-        _say(f"fetching {name} from {mirror}")
-        for file, md5 in source.files:
-            download_url(mirror + file, work, filename=file, md5=md5)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
-        raise RouteFailed(f"{type(error).__name__}: {error}") from error
+        for mirror in source.mirrors:
+            _say(f"fetching {name} from {mirror}")
+            try:
+                for file, md5 in source.files:
+                    download_url(mirror + file, work, filename=file, md5=md5)
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise
+                reasons.append(f"{mirror}: {type(error).__name__}: {error}")
+                continue
+            # a single archive is read as it is, several files from their folder
+            place = work / file if len(source.files) == 1 else work
+            return _decoded(name, SPLITS, place, source.layout_format)
     finally:
         socket.setdefaulttimeout(patience)
-    # a single archive is read as it is, several files from their folder
-    return _decoded(name, SPLITS, work / file if len(source.files) == 1 else work, source.layout_format)
-
-
-def _first_to_answer(mirrors: Sequence[str], file: str) -> str:
-    reasons = []
-    for mirror in mirrors:
-        try:
-            request = urllib.request.Request(mirror + file, method="HEAD")
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-            return mirror
-        except (OSError, http.client.HTTPException) as error:
-            reasons.append(f"{mirror} is out of reach ({error})")
     raise RouteFailed("; ".join(reasons))
 
 

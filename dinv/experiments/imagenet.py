@@ -24,7 +24,6 @@ from dinv.experiments.device import device
 from dinv.experiments.profiles import Profile
 from dinv.files import near
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
-from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
 
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
 SMALL = 64  # pixels: a network below takes the images of the profile's data set
@@ -88,14 +87,6 @@ def sample_classes(
     order = torch.randperm(len(teacher.classes), generator=torch.Generator().manual_seed(seed)).tolist()
     names = [teacher.classes[number] for number in order]
     return [name for name in names if name not in apart_from][:count]
-
-
-def objective(profile: Profile, method: str) -> Objective:
-    """What "DeepDream" or "DeepInversion" minimises."""
-    chosen = profile.imagenet
-    prior = CrossEntropy() + chosen.tv * TotalVariation() + chosen.l2 * L2Norm()
-    statistics = chosen.alpha_f * FeatureStatistics(chosen.distance, first=chosen.first_layer)
-    return {"DeepDream": prior, "DeepInversion": prior + statistics}[method]
 
 
 def work(profile: Profile, teacher: Classifier) -> tuple[float, float]:

@@ -13,10 +13,8 @@ from dinv.data import load_dataset
 from dinv.distillation import DistillationResult
 from dinv.experiments.profiles import Profile
 from dinv.models import Classifier
-from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, Objective, TotalVariation
 from dinv.pool import to_uint8
 
-DATA_FREE = ("noise", "DeepDream", "DeepInversion", "ADI", "generator")
 PIXELS = ("DeepDream", "DeepInversion", "ADI")  # methods that optimise pixels
 WARMUP_ROUNDS = 1  # rounds in which a student learns from the first images, before new ones come
 
@@ -25,18 +23,6 @@ def image_count(profile: Profile) -> int:
     """Images that a student of pixel inversion or of noise has seen at the end."""
     chosen = profile.distillation
     return chosen.start_images + (chosen.settings.rounds - WARMUP_ROUNDS) * profile.batch_size
-
-
-def objectives(profile: Profile) -> dict[str, Objective]:
-    """What the students' images minimise, by method; ADI adds the competition to that of DeepInversion."""
-    chosen = profile.distillation
-    prior = CrossEntropy() + chosen.tv * TotalVariation() + profile.l2 * L2Norm()
-    of_generator = CrossEntropy() + profile.tv * TotalVariation() + profile.l2 * L2Norm()
-    return {
-        "DeepDream": prior,
-        "DeepInversion": prior + profile.alpha_f * FeatureStatistics(),
-        "generator": of_generator + profile.generator.alpha_f * FeatureStatistics(),
-    }
 
 
 def noise(teacher: Classifier, count: int, seed: int = 0) -> Tensor:
