@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,11 +91,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """Checksum over names, dtypes, shapes and bytes of the tensors, and over `text`."""
-    return digest([tensors, text])
-
-
 def digest(value, where: str = "") -> str:
     """SHA-256 of what `value` holds, the same in every process; 1, 1.0 and True differ, (1,) and [1] do not.
 
@@ -171,37 +167,59 @@ def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: str | None = None) -> None:
-    """Write one safetensors file, with one string `metadata` in its header."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Any = None) -> None:
+    """Write one safetensors file, in its header `meta`, which JSON can hold, and a checksum of all."""
+    tensors, text = to_cpu(tensors), canonical_json(meta, "meta")
+    header = {"meta": text, "sha256": digest([tensors, text])}
     with atomic_write(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        save_file(dict(tensors), temporary, {"dinv": metadata} if metadata else None)
+        save_file(tensors, temporary, header)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors and the metadata string of a file; `Corrupt` if it cannot be read."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """The tensors and the meta of a file; `Corrupt` if it holds anything but what was written."""
     try:
         with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), (file.metadata() or {}).get("dinv", "")
-            return {name: file.get_tensor(name) for name in names}, metadata
+            names, header = list(file.keys()), file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise Corrupt(f"{path} cannot be read ({error})") from error
+    if header.get("sha256") != digest([tensors, header.get("meta")]):
+        raise Corrupt(f"{path} is corrupt (its checksum does not match), or of another origin")
+    return tensors, json.loads(header["meta"])
 
 
-def write_record(path: Path, record: dict) -> None:
-    """Write a JSON object together with its own checksum."""
-    record = record | {"checksum": sha256_text(canonical_json(record, path.name))}
-    write_text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+def packed(record: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A dataclass for `write_tensors`: its tensors, those of its dicts under dotted names; other fields."""
+    tensors, values = {}, {}
+    for name, value in ((item.name, getattr(record, item.name)) for item in dataclasses.fields(record)):
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Mapping) and any(isinstance(part, Tensor) for part in value.values()):
+            tensors |= {f"{name}.{inner}": part for inner, part in value.items()}
+        else:
+            values[name] = value
+    return tensors, values
 
 
-def read_record(path: Path) -> dict:
-    """What `write_record` wrote; `Corrupt` if the file holds anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.pop("checksum") == sha256_text(canonical_json(record, path.name)):
-            return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Corrupt(f"{path} cannot be read ({error})") from error
-    raise Corrupt(f"{path} is corrupt (its checksum does not match)")
+def unpacked(kind: type, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Any:
+    """The object of the dataclass `kind` that `packed` took apart."""
+    hints, parts = get_type_hints(kind), {}
+    for name in (item.name for item in dataclasses.fields(kind)):
+        if name in values:
+            parts[name] = _typed(hints[name], values[name])
+        else:
+            parts[name] = tensors[name] if name in tensors else strip_prefix(f"{name}.", tensors)
+    return kind(**parts)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A value from JSON, with its lists as tuples where the type says so."""
+    kinds = get_args(hint)
+    if not isinstance(value, list) or not kinds:
+        return value
+    kinds = kinds[:1] * len(value) if len(kinds) == 1 or kinds[-1] is Ellipsis else kinds
+    items = map(_typed, kinds, value)
+    return tuple(items) if get_origin(hint) is tuple else list(items)
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,6 @@ from torch import Tensor
 from dinv import files
 from dinv.inversion import Inverter, Progress, check_labels
 from dinv.models.classifier import resized
-
-
-class CorruptPool(RuntimeError):
-    """A pool file that is not what it should be."""
 
 
 @dataclass
@@ -44,39 +39,19 @@ class Pool:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return files.to_cpu({n: getattr(self, n) for n in ("images", "labels", "losses", "snapshots")})
-
-    def meta(self) -> dict[str, Any]:
-        names = ("terms", "snapshot_steps", "seconds", "compile_seconds")
-        return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Pool:
-        tuples = {name: tuple(meta[name]) for name in ("terms", "snapshot_steps")}
-        return cls(**tensors, **{**meta, **tuples})
-
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, under a temporary name first; returns its path."""
-        meta = files.canonical_json(self.meta(), "meta")
-        checksum = files.sha256_tensors(self.tensors(), meta)
-        files.write_tensors(Path(path), self.tensors(), f"pool {checksum} {meta}")
+        tensors, values = files.packed(self)
+        files.write_tensors(Path(path), tensors, {"pool": values})
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Pool:
-        """Read a pool; CorruptPool if the file is damaged or is something else."""
-        try:
-            tensors, text = files.read_tensors(Path(path))
-        except files.Corrupt as problem:
-            raise CorruptPool(f"{problem}: synthesise it again") from problem
-        kind, _, rest = text.partition(" ")
-        checksum, _, meta = rest.partition(" ")
-        if kind != "pool":
-            raise CorruptPool(f"{path} is not a pool: it was not written by Pool.save")
-        if files.sha256_tensors(tensors, meta) != checksum:
-            raise CorruptPool(f"{path} is corrupt (its checksum differs): synthesise it again")
-        return cls.of(tensors, json.loads(meta))
+        """Read a pool; `files.Corrupt` if the file is damaged or was not written by `save`."""
+        tensors, meta = files.read_tensors(Path(path))
+        if "pool" not in (meta or {}):
+            raise files.Corrupt(f"{path} is not a pool: it was not written by Pool.save")
+        return files.unpacked(cls, tensors, meta["pool"])
 
 
 def synthesize(
@@ -109,7 +84,7 @@ def synthesize(
     if saved is not None:
         tensors, meta = saved
         batches = list(tensors["images"].split(batch_size))
-        pool = Pool.of({**tensors, "labels": labels.cpu()}, meta)
+        pool = files.unpacked(Pool, tensors, meta)
     for number in range(len(batches), len(parts)):
 
         def report(progress: Progress, number: int = number) -> None:
@@ -125,9 +100,8 @@ def synthesize(
             pool.snapshots = torch.stack([to_uint8(resized(result.snapshots[s], size)) for s in snapshots])
         pool.seconds += result.seconds
         pool.compile_seconds += result.compile_seconds
-        checkpoint.save(lambda: ({**pool.tensors(), "images": torch.cat(batches)}, pool.meta()))
-    pool.images = torch.cat(batches)
-    return pool
+        checkpoint.save(lambda: files.packed(replace(pool, images=torch.cat(batches))))
+    return replace(pool, images=torch.cat(batches))
 
 
 def batch_seed(seed: int, number: int) -> int:

@@ -10,7 +10,6 @@ channel together is found by torch-pruning (Fang et al., CVPR 2023); which chann
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dinv.compiling import forward_flops
-from dinv.files import canonical_json, read_tensors, to_cpu, write_tensors
+from dinv.files import read_tensors, write_tensors
 from dinv.latency import LatencyTable
 from dinv.models import Classifier, to_float
 from dinv.training import predict
@@ -189,8 +188,8 @@ class Pruned:
 
     def save(self, path: str | Path) -> Path:
         """Write state and structure as one safetensors file; returns its path."""
-        structure = canonical_json({"network": self.network.name, "removed": self.removed})
-        write_tensors(Path(path), to_cpu(self.network.state_dict()), structure)
+        structure = {"network": self.network.name, "removed": self.removed}
+        write_tensors(Path(path), self.network.state_dict(), structure)
         return Path(path)
 
 
@@ -288,9 +287,8 @@ def restructured(original: Classifier, removed: list[tuple[str, list[int]]]) -> 
 
 def load_pruned(path: str | Path, original: Classifier) -> Pruned:
     """Read what `Pruned.save` wrote; `original`, the same network with any weights, lends the structure."""
-    state, text = read_tensors(Path(path))
-    structure = json.loads(text) if text.startswith("{") else {}
-    if "removed" not in structure:
+    state, structure = read_tensors(Path(path))
+    if "removed" not in (structure or {}):
         raise ValueError(f"{path} holds no pruned network")
     if structure["network"] != original.name:
         raise ValueError(f"{path} was {structure['network']} before it was pruned, not {original.name}")

@@ -136,7 +136,7 @@ def show_list(folder: Path, sources: Sequence[Path]) -> int:
         print(f"{source.stem}: {took}")
         ledger = cache_root() / "chapters" / f"{folder.name}-{source.stem}.json"
         for stage in json.loads(ledger.read_text(encoding="utf-8"))["stages"] if ledger.exists() else ():
-            cached = (cache_root() / stage["folder"] / "meta.json").exists()
+            cached = (cache_root() / stage["folder"] / "data.safetensors").exists()
             print(f"  {stage['label']}: {'cached' if cached else 'to be made'}, {duration(stage['seconds'])}")
     return 0
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinv.compiling import Compiled, compiler_available
 from dinv.data import Dataset, augment
-from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix, to_cpu
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.models import Classifier, autocast, evaluating, to_float
 
 SCHEDULES = ("linear", "steps")
@@ -136,7 +136,7 @@ class Updates:
                 tensors[f"momentum.{index}"] = self.optimizer.state[parameter]["momentum_buffer"]
         if self.state is not None:
             tensors |= {f"state.{name}": value for name, value in self.state.state().items()}
-        return to_cpu(tensors | {"generator": self.generator.get_state()}), {"history": self.history}
+        return tensors | {"generator": self.generator.get_state()}, {"history": self.history}
 
     def _restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         self.model.load_state_dict(strip_prefix("model.", tensors))

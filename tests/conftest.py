@@ -190,7 +190,9 @@ for number in range(9):
     if number % 3 == 1:
         files.save_file = half
     if number % 3 == 2:
-        files.write_record = die
+        write = files.write_tensors
+        last = lambda path: path.name == "data.safetensors"
+        files.write_tensors = lambda path, *given: die() if last(path) else write(path, *given)
     (test_pool, test_training, test_distillation)[number // 3].stage()
     os._exit(0)
 print("killed nine times")

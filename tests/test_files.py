@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dinv import files
@@ -114,34 +115,62 @@ def test_tensors_come_back_as_they_were(tmp_path):
         "scalar": torch.tensor(3), "empty": torch.zeros(0, 4), "flags": torch.tensor([True, False]),
         "weight": nn.Parameter(torch.ones(2)),
     }  # fmt: skip
-    files.write_tensors(tmp_path / "x.safetensors", to_cpu(tensors), "ä")
-    result, metadata = files.read_tensors(tmp_path / "x.safetensors")
-    assert result.keys() == tensors.keys() and metadata == "ä"
+    files.write_tensors(tmp_path / "x.safetensors", tensors, {"note": "ä", "numbers": [1, 2.5]})
+    result, meta = files.read_tensors(tmp_path / "x.safetensors")
+    assert result.keys() == tensors.keys() and meta == {"note": "ä", "numbers": [1, 2.5]}
     for name, tensor in tensors.items():
         assert torch.equal(result[name], tensor) and result[name].dtype == tensor.dtype
-    assert files.sha256_tensors(result) == files.sha256_tensors(tensors) != files.sha256_tensors(tensors, "ä")
     with pytest.raises(ValueError, match="'x' is a list, expected a tensor"):
         to_cpu({"x": [1]})
+    with pytest.raises(TypeError, match=r"meta\.loss is a float \(nan\)"):
+        files.write_tensors(tmp_path / "y.safetensors", {}, {"loss": float("nan")})
 
 
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
-@pytest.mark.parametrize("damage", [cut, lambda _: b"", lambda _: b"not a file of ours", lambda _: b"[1]"])
-def test_damaged_files_are_named(tmp_path, damage):
-    tensors, record = tmp_path / "x.safetensors", tmp_path / "x.json"
-    files.write_tensors(tensors, {"x": torch.ones(9)})
-    files.write_record(record, {"seconds": 1.5})
-    assert files.read_record(record) == {"seconds": 1.5}
-    for path, read in ((tensors, files.read_tensors), (record, files.read_record)):
-        path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(Corrupt, match=f"{path.name} cannot be read"):
-            read(path)
-    files.write_record(record, {"seconds": 1.5})
-    record.write_text(record.read_text().replace("1.5", "1.6"))
-    with pytest.raises(Corrupt, match="x.json is corrupt"):
-        files.read_record(record)
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (cut, "cannot be read"), (lambda _: b"", "cannot be read"), (lambda _: b"not ours", "cannot be read"),
+        (flipped, "is corrupt"), (lambda content: content.replace(b"1.5", b"1.6"), "is corrupt"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_named(tmp_path, damage, message):
+    path = tmp_path / "x.safetensors"
+    files.write_tensors(path, {"x": torch.ones(9)}, {"seconds": 1.5})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(Corrupt, match=f"{path.name} {message}"):
+        files.read_tensors(path)
+    save_file({"x": torch.ones(9)}, path)
+    with pytest.raises(Corrupt, match="or of another origin"):
+        files.read_tensors(path)
+
+
+@dataclass
+class Record:
+    state: torch.Tensor
+    sizes: tuple[tuple[str, list[int]], ...] = ()
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    note: str = ""
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record(torch.ones(2), (("a", [1, 2]),), {"b": torch.zeros(1), "c": torch.ones(3)}, "x"),
+        Record(torch.ones(0)),
+    ],
+)
+def test_a_dataclass_comes_back_from_its_file(tmp_path, record):
+    files.write_tensors(tmp_path / "x.safetensors", *files.packed(record))
+    again = files.unpacked(Record, *files.read_tensors(tmp_path / "x.safetensors"))
+    assert digest(again) == digest(record) and again.sizes == record.sizes
 
 
 # ---- the disk --------------------------------------------------------------------------------------

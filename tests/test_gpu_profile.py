@@ -37,11 +37,11 @@ def test_the_gpu_profile_runs_whole_and_goes_on_after_an_interrupt(apart):
         first.wait(90)
     os.killpg(first.pid, signal.SIGINT)
     assert first.wait(60) == 130
-    kept = len(list((apart / "runs").glob("*/meta.json")))
+    kept = len(list((apart / "runs").glob("*/data.safetensors")))
     assert kept
     done = subprocess.run(command, capture_output=True, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert len(list((apart / "runs").glob("*/meta.json"))) > kept
+    assert len(list((apart / "runs").glob("*/data.safetensors"))) > kept
     rows = read_rows(apart / "figures" / "gpu")
     columns = set(rows[(rows.table == "table1") & rows.chapter.str.startswith("04")].column)
     assert len(columns) == len(load_profile("gpu").distillation.pairs)

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from dinv import pruning
+from dinv import files, pruning
 from dinv.compiling import forward_flops
 from dinv.data import load_dataset
 from dinv.latency import WIDTHS, LatencyTable, Layer, above, batch_of, interleaved, latencies
@@ -217,7 +216,7 @@ def test_a_pruned_network_comes_back_from_its_file(teacher, digits, tmp_path):
         load_pruned(path, create_model("vgg_digits", "digits"))
     with pytest.raises(ValueError, match="look at its layer net.0.conv"):
         pruning.restructured(residual(), [("net.0.conv", [6])])
-    save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
+    files.write_tensors(tmp_path / "other.safetensors", {"x": torch.ones(1)})
     with pytest.raises(ValueError, match="holds no pruned network"):
         load_pruned(tmp_path / "other.safetensors", teacher)
 

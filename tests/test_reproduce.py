@@ -85,7 +85,7 @@ def test_list_tells_what_is_cached_and_runs_nothing(folder, capsys):
     stages = [{"label": f"pool, {name}", "folder": name, "seconds": 126.0} for name in ("kept", "gone")]
     (folder / "runs" / "chapters" / "smoke-01_claim.json").write_text(json.dumps({"stages": stages}))
     (folder / "runs" / "kept").mkdir()
-    (folder / "runs" / "kept" / "meta.json").touch()
+    (folder / "runs" / "kept" / "data.safetensors").touch()
     assert reproduce.main(["--profile", "smoke", "--list"]) == 0
     first, second, *rest = capsys.readouterr().out.splitlines()
     assert first == "00_bad: not run yet" and re.match(r"01_claim: 00:0\d on \w", second)

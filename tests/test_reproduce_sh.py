@@ -102,7 +102,12 @@ def test_help_installs_nothing(house):
 
 def test_clean_removes_what_runs_make_and_keeps_data_and_figures(house):
     kept = ("data/cifar.bin", "figures/cpu/results.csv", ".venv/file", "notebooks/02.ipynb")
-    made = ("runs/pool-0/meta.json", "figures/cpu/notebooks/02.ipynb", "book/index.html", ".ruff_cache/a")
+    made = (
+        "runs/pool-0/x",
+        "figures/cpu/notebooks/02.ipynb",
+        "book/index.html",
+        ".ruff_cache/a",
+    )
     for name in (*kept, *made):
         (house.root / name).parent.mkdir(parents=True, exist_ok=True)
         (house.root / name).touch()

@@ -132,7 +132,8 @@ def test_a_training_killed_by_sigkill_goes_on_to_the_same_bytes(killed, apart, m
     resumed = stage()
     (other,) = files.cache_root().glob("network-*/data.safetensors")
     assert len(batches) == 4 * (5 - first)
-    assert equal(resumed, whole) and one != other and one.read_bytes() == other.read_bytes()
+    assert equal(resumed, whole) and one != other
+    assert equal(*(files.read_tensors(path)[0] for path in (one, other)))
 
 
 def test_rounds_of_updates_the_last_one_shorter_and_resumed(tiny, memory):

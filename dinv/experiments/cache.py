@@ -6,8 +6,7 @@
 The key of a call is the digest of every argument but `checkpoint`, of the kind of device and the precision.
 `<cache root>/<kind>-<key>/` holds
 
-    data.safetensors      the tensors of the result
-    meta.json             its other fields, the checksum of the tensors, key, label, seconds
+    data.safetensors      the tensors of the result; in its header the other fields, key, label, checksum
     partial.safetensors   the checkpoint of a stage that is not finished
 
 Every write is a rename, so a killed run leaves whole files; a file that is corrupt all the same is found by
@@ -18,14 +17,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from torch import Tensor
 from tqdm import tqdm
@@ -63,13 +60,14 @@ def stage(kind: str, version: int = 1) -> Callable:
             key = files.sha256_text(files.digest(parts) + given)
             label, result_class = _label(kind, bound.arguments), get_type_hints(function)["return"]
             folder = files.make_folder(files.cache_root() / f"{kind}-{key[:12]}", "DINV_CACHE")
+            path = folder / "data.safetensors"
             with files.locked(folder, label):
-                kept = _load(folder, key, label, result_class)
+                kept = _load(path, label, result_class)
                 if made := kept is None:
                     checkpoint = Checkpoint(folder, label)
                     bound.arguments |= {"checkpoint": checkpoint} if resumes else {}
-                    _make(lambda: function(*bound.args, **bound.kwargs), checkpoint, key, result_class)
-                    kept = _load(folder, key, label, result_class)
+                    _make(lambda: function(*bound.args, **bound.kwargs), checkpoint, path, key)
+                    kept = _load(path, label, result_class)
             result, seconds = kept
             entry = {"kind": kind, "label": label, "key": key, "seconds": round(seconds, 2)}
             ledger.append(entry | {"cached": not made, "folder": folder.name})
@@ -113,18 +111,9 @@ class Checkpoint:
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
         """The tensors (on the CPU) and meta of the last save, None where there is none."""
-        if not self.path.exists():
+        if (saved := _read(self.path, f"{self.label} starts anew")) is None:
             return None
-        try:
-            tensors, text = files.read_tensors(self.path)
-            checksum, _, content = text.partition(" ")
-            if files.sha256_tensors(tensors, content) != checksum:
-                raise Corrupt(f"{self.path} is corrupt (its checksum does not match)")
-        except Corrupt as problem:
-            print(f"dinv: {problem}: {self.label} starts anew", file=sys.stderr)
-            self.path.unlink(missing_ok=True)
-            return None
-        record = json.loads(content)
+        tensors, record = saved
         self._before = record["seconds"]
         return tensors, record["meta"]
 
@@ -133,9 +122,7 @@ class Checkpoint:
         began = time.monotonic()
         if began >= self._next:
             tensors, meta = make()
-            tensors = files.to_cpu(tensors)
-            content = files.canonical_json({"meta": meta, "seconds": self.seconds}, "checkpoint")
-            files.write_tensors(self.path, tensors, f"{files.sha256_tensors(tensors, content)} {content}")
+            files.write_tensors(self.path, tensors, {"meta": meta, "seconds": self.seconds})
             now = time.monotonic()
             self._next = now + (now - began) / self.share
 
@@ -157,63 +144,36 @@ class Checkpoint:
             file.write(f"{when}  {state:8} {self.seconds:8.1f} s  {self.path.parent.name}  {self.label}\n")
 
 
-def _load(folder: Path, key: str, label: str, result_class: type) -> tuple[Any, float] | None:
-    """The result and its seconds; None if it is not there, or corrupt, which is told."""
-    data, meta = folder / "data.safetensors", folder / "meta.json"
-    if not meta.exists():
-        return None
+def _read(path: Path, otherwise: str) -> tuple[dict[str, Tensor], dict] | None:
+    """What a file holds; None if it is not there, or corrupt: then it goes, and that is told."""
     try:
-        record = files.read_record(meta)
-        checksum = files.sha256_file(data) if data.exists() else "none"
-        if record["key"] != key or checksum != record["sha256"]:
-            raise Corrupt(f"{data} is corrupt or missing (SHA-256 {checksum[:12]})")
-        tensors, _ = files.read_tensors(data)
+        return files.read_tensors(path) if path.exists() else None
     except Corrupt as problem:
-        print(f"dinv: {problem}: {label} is made again", file=sys.stderr)
-        meta.unlink(missing_ok=True)
+        print(f"dinv: {problem}: {otherwise}", file=sys.stderr)
+        path.unlink(missing_ok=True)
         return None
-    hints, parts = get_type_hints(result_class), {}
-    for name in (item.name for item in fields(result_class)):
-        if name in record["values"]:
-            parts[name] = _typed(hints[name], record["values"][name])
-        else:
-            parts[name] = tensors[name] if name in tensors else files.strip_prefix(f"{name}.", tensors)
-    return result_class(**parts), record["seconds"]
 
 
-def _make(function: Callable[[], Any], checkpoint: Checkpoint, key: str, result_class: type) -> None:
-    """Make and store a result: tensors first, then meta.json, which says that it is whole."""
-    folder = checkpoint.path.parent
-    for leftover in folder.glob("*.tmp"):
+def _load(path: Path, label: str, result_class: type) -> tuple[Any, float] | None:
+    """The result and its seconds; None if there is none."""
+    if (kept := _read(path, f"{label} is made again")) is None:
+        return None
+    tensors, record = kept
+    return files.unpacked(result_class, tensors, record["values"]), record["seconds"]
+
+
+def _make(function: Callable[[], Any], checkpoint: Checkpoint, path: Path, key: str) -> None:
+    """Make and store a result."""
+    for leftover in path.parent.glob("*.tmp"):
         leftover.unlink()
     checkpoint.log("start")
-    state, tensors, values = "stopped", {}, {}
+    state = "stopped"
     try:
-        result = function()
-        for name in (item.name for item in fields(result_class)):
-            value = getattr(result, name)
-            if isinstance(value, Tensor):
-                tensors[name] = value
-            elif isinstance(value, Mapping) and any(isinstance(part, Tensor) for part in value.values()):
-                tensors |= {f"{name}.{inner}": part for inner, part in value.items()}
-            else:
-                values[name] = checkpoint.seconds if name == "seconds" else value
-        files.canonical_json(values, result_class.__name__)  # names the field that cannot be kept
-        files.write_tensors(folder / "data.safetensors", files.to_cpu(tensors))
+        tensors, values = files.packed(function())
+        values |= {"seconds": checkpoint.seconds} if "seconds" in values else {}
         record = {"key": key, "label": checkpoint.label, "seconds": checkpoint.seconds, "values": values}
-        record["sha256"] = files.sha256_file(folder / "data.safetensors")
-        files.write_record(folder / "meta.json", record)
+        files.write_tensors(path, tensors, record)
         checkpoint.path.unlink(missing_ok=True)
         state = "done"
     finally:
         checkpoint.log(state)
-
-
-def _typed(hint: Any, value: Any) -> Any:
-    """A value from JSON, with its lists as tuples where the type says so."""
-    kinds = get_args(hint)
-    if not isinstance(value, list) or not kinds:
-        return value
-    kinds = kinds[:1] * len(value) if len(kinds) == 1 or kinds[-1] is Ellipsis else kinds
-    items = map(_typed, kinds, value)
-    return tuple(items) if get_origin(hint) is tuple else list(items)
