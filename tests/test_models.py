@@ -28,11 +28,9 @@ from dinv.models import (
     shipped_models,
     zoo,
 )
-from dinv.models.cifar import wide_resnet
 
 SIZES = {  # millions of parameters as published, BatchNorm layers
     "cifar_resnet18": (11.17, 20), "cifar_resnet34": (21.28, 36), "cifar_vgg11": (9.23, 8),
-    "wrn40_2": (2.24, 37), "wrn40_1": (0.56, 37), "wrn16_2": (0.69, 13), "wrn16_1": (0.18, 13),
     "resnet_small": (0.74, 8), "resnet_tiny": (0.14, 5), "vgg_small": (0.43, 5),
     "resnet_digits": (0.034, 4), "vgg_digits": (0.015, 3),
 }  # fmt: skip
@@ -83,12 +81,11 @@ def test_equal_seeds_equal_weights_and_nobody_elses_random_numbers():
     "make, arguments, message",
     [
         (create_model, ["resnet_smal"], "unknown network 'resnet_smal': did you mean resnet_small"),
-        (load_model, ["wrn_40_2"], "unknown network 'wrn_40_2': did you mean wrn40_2.*NETWORKS, torchvision"),
+        (load_model, ["vgg_smal"], "unknown network 'vgg_smal': did you mean vgg_small.*NETWORKS, torch"),
         (load_model, ["torchvision:resnet19"], "'torchvision:resnet19': did you mean resnet1"),
         (load_model, ["elsewhere:resnet18"], "use torchvision:NAME, timm:NAME or package:NAME"),
         (create_model, ["vgg_small", "cifar-10"], "'cifar-10': did you mean cifar10.*cifar10, mnist, digits"),
         (create_model, ["vgg_small", "imagenet"], "unknown domain 'imagenet'. Known: cifar10, mnist, digits"),
-        (wide_resnet, [41, 2, 10], "depth 41 .* must be 4 more than 6n"),
     ],
 )
 def test_unknown_names_are_answered_with_the_nearest(make, arguments, message):
@@ -189,7 +186,7 @@ def test_truncated_or_altered_files(digits, tmp_path):
     whole = (tmp_path / "a.safetensors").read_bytes()
     for damaged in (b"", whole[:5], whole[: len(whole) // 2], whole[:-1], b"\xff" + whole[1:]):
         (tmp_path / "a.safetensors").write_bytes(damaged)
-        refused(model, tmp_path / "a.safetensors", "a.safetensors cannot be read .*fetch it again")
+        refused(model, tmp_path / "a.safetensors", "a.safetensors cannot be read")
     whole = (tmp_path / "a.pt").read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint at all"):
         (tmp_path / "a.pt").write_bytes(damaged)
@@ -211,7 +208,7 @@ def test_nothing_is_unpickled(digits, tmp_path, save):
     model, state = digits
     for content in (Trap(tmp_path / "sprung"), state | {"more": Trap(tmp_path / "sprung")}):
         save(content, tmp_path / "a.pt")
-        refused(model, tmp_path / "a.pt", "a.pt is not a plain state dictionary")
+        refused(model, tmp_path / "a.pt", "a.pt cannot be read as a plain state dictionary")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -251,8 +248,7 @@ def test_a_shipped_file_that_was_altered_or_is_gone(tmp_path, monkeypatch):
         load_model("cifar_resnet34")
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CorruptCheckpoint, match=r"is corrupt \(SHA-256 \w{12}.*expected \w{12}.*restore it"):
-        load_model("resnet_digits")
-    path.unlink()
-    with pytest.raises(CorruptCheckpoint, match=f"{path.name} is missing: install the package again"):
-        load_model("resnet_digits")
+    for damage in (lambda: None, path.unlink):
+        damage()
+        with pytest.raises(CorruptCheckpoint, match=f"{path.name} is missing or corrupt: install"):
+            load_model("resnet_digits")

@@ -1,7 +1,7 @@
 """Networks for small images: those of the paper's CIFAR-10 tables, and thin ones that train on a CPU.
 
 Sources: ResNet (He et al. 2016) with the 3x3 stem used on CIFAR; VGG-11 with BatchNorm (Simonyan and
-Zisserman 2015) with one linear layer; wide residual networks (Zagoruyko and Komodakis 2016).
+Zisserman 2015) with one linear layer.
 """
 
 from __future__ import annotations
@@ -46,37 +46,6 @@ def resnet(blocks: list[int], classes: int, channels: int = 3) -> nn.Sequential:
             layers.append(BasicBlock(width, 64 * 2**stage, stride))
             width = 64 * 2**stage
     return nn.Sequential(*layers, *_head(width, classes))
-
-
-class PreActivationBlock(nn.Module):
-    """BN-ReLU-conv-BN-ReLU-conv plus shortcut, the block of wide residual networks."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv3x3(inputs, outputs, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), conv3x3(outputs, outputs)
-        self.shortcut = None
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
-        y = self.conv2(F.relu(self.bn2(self.conv1(active))))
-        return y + (x if self.shortcut is None else self.shortcut(active))
-
-
-def wide_resnet(depth: int, width: int, classes: int, channels: int = 3) -> nn.Sequential:
-    """WRN-depth-width: three stages of 16, 32, 64 times `width` channels."""
-    if (depth - 4) % 6:
-        raise ValueError(f"depth {depth} of a wide residual network must be 4 more than 6n")
-    layers: list[nn.Module] = [conv3x3(channels, 16)]
-    inputs = 16
-    for stage in range(3):
-        for block in range((depth - 4) // 6):
-            stride = 2 if stage > 0 and block == 0 else 1
-            layers.append(PreActivationBlock(inputs, 16 * width * 2**stage, stride))
-            inputs = 16 * width * 2**stage
-    return nn.Sequential(*layers, nn.BatchNorm2d(inputs), nn.ReLU(), *_head(inputs, classes))
 
 
 def vgg(plan: list[int | str], classes: int, channels: int = 3) -> nn.Sequential:
