@@ -23,7 +23,6 @@ from IPython import display, get_ipython
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 WIDTH, GREY = 5.5, "#8c8c8c"
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -60,6 +59,8 @@ def styles(names: Iterable[str], points: int = 1) -> dict[str, tuple[str, str, s
 
 def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     """(N, C, H, W) as one (H', W', 3) float image in [0, 1]: row by row, white gaps."""
+    from torchvision.utils import make_grid  # takes seconds to import
+
     images = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
     grid = make_grid(images, columns, padding=gap, pad_value=1.0)  # frames several images, but not one
     return (grid[:, gap:-gap, gap:-gap] if len(images) > 1 else grid).permute(1, 2, 0)

@@ -15,10 +15,10 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -67,7 +67,7 @@ class Group:
             A gate is a layer, its channels, and the group's channels that they go with.
     """
 
-    def __init__(self, graph: torch_pruning.DependencyGraph, root: nn.Conv2d) -> None:
+    def __init__(self, graph: Any, root: nn.Conv2d) -> None:
         remove = graph.get_pruner_of_module(root).prune_out_channels
         self.network, self.width = graph.model, root.out_channels
         self._dependencies = graph.get_pruning_group(root, remove, list(range(self.width)))
@@ -87,6 +87,8 @@ class Group:
 
     def magnitude(self) -> Tensor:
         """Norm of all weights of a channel, over the group's mean; float32 (width,)."""
+        import torch_pruning
+
         score = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="sum")
         return score(self._dependencies).detach().float().cpu()
 
@@ -95,8 +97,10 @@ class Group:
         self._dependencies.prune(channels, record_history=False)  # the smaller group records itself
 
 
-def dependencies(network: Classifier) -> torch_pruning.DependencyGraph:
+def dependencies(network: Classifier) -> Any:
     """The graph of what depends on what in a copy of `network`, its `model`; what is pruned is the copy."""
+    import torch_pruning  # with timm: seconds, which only pruning has to spend
+
     small = copy.deepcopy(network).eval().requires_grad_(True)  # the graph is traced through its gradients
     example = network.mean.new_zeros(1, network.channels, network.size, network.size)
     try:
@@ -108,7 +112,7 @@ def dependencies(network: Classifier) -> torch_pruning.DependencyGraph:
         raise ValueError(f"{network.name} cannot be pruned: {reason}, and run on one image") from error
 
 
-def filter_groups(graph: torch_pruning.DependencyGraph) -> list[Group]:
+def filter_groups(graph: Any) -> list[Group]:
     """All groups of filters that may go, in the network's order; those of the outputs, the classes, stay."""
     groups, grouped = [], set()
     for name, layer in graph.model.named_modules():

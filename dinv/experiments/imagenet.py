@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from dinv.compiling import distillation_flops, inversion_flops
 from dinv.data import Dataset, load_dataset
@@ -125,6 +123,8 @@ def photographs(profile: Profile, model: Classifier) -> tuple[Tensor, list[str]]
 
 def photograph(file: str, size: int) -> Tensor:
     """The middle square of one of scikit-learn's photographs, uint8 (1, 3, size, size)."""
+    from torchvision.transforms.functional import center_crop
+
     image = torch.tensor(load_sample_image(file)).permute(2, 0, 1)[None]
     return resized(center_crop(image, [min(image.shape[2:])] * 2), size)
 
@@ -167,6 +167,9 @@ def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
     Raises:
         ValueError: no such folder, or its folders are not the model's classes.
     """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
     if not Path(folder).is_dir():
         raise ValueError(f"imagenet.folder={folder!r} is no folder")
     numbered = labels_of_folders(folder, model)

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torchvision.models
-from torchvision.models import ResNet50_Weights, get_model, get_model_weights, list_models
 
 from dinv.models.classifier import Classifier
 
@@ -29,7 +27,8 @@ class WeightsUnavailable(RuntimeError):
 def library_names() -> dict[str, list[str]]:
     """The networks that each source knows; timm's only if timm is installed."""
     timm = importlib.import_module("timm").list_models() if importlib.util.find_spec("timm") else []
-    return {"torchvision": list_models(module=torchvision.models), "package": list(LITE_SIZES), "timm": timm}
+    models = importlib.import_module("torchvision.models")  # takes seconds
+    return {"torchvision": models.list_models(module=models), "package": list(LITE_SIZES), "timm": timm}
 
 
 def load_pretrained(name: str, pretrained: bool = True) -> Classifier | None:
@@ -59,11 +58,12 @@ def load_pretrained(name: str, pretrained: bool = True) -> Classifier | None:
 
 
 def _load_torchvision(name: str, pretrained: bool) -> Classifier:
-    weights = get_model_weights(name).DEFAULT
+    models = importlib.import_module("torchvision.models")
+    weights = models.get_model_weights(name).DEFAULT
     # GoogLeNet and Inception take these
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
     with _fetching(name):
-        net = get_model(name, weights=weights if pretrained else None, **options)
+        net = models.get_model(name, weights=weights if pretrained else None, **options)
     for head in ("aux1", "aux2", "AuxLogits"):  # used in training only: in eval mode nothing passes there
         if hasattr(net, head):
             setattr(net, head, None)
@@ -92,7 +92,7 @@ def _load_lite(name: str, pretrained: bool) -> Classifier:
     if pretrained:
         (path,) = (Path(weights.__file__).parent / "models").glob("*.pth")
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    classes = ResNet50_Weights.DEFAULT.meta["categories"]
+    classes = importlib.import_module("torchvision.models").ResNet50_Weights.DEFAULT.meta["categories"]
     return Classifier(net, (127 / 255,) * 3, (128 / 255,) * 3, LITE_SIZES[name], classes, name)
 
 
