@@ -149,8 +149,8 @@ def curve(x: Sequence[float], lines: Mapping[str, Any], xlabel: str, ylabel: str
     return curves({name: (x, values) for name, values in lines.items()}, xlabel, ylabel, **options)
 
 
-def curves(lines: Lines, xlabel: str, ylabel: str, log=False, logy=False, title="", marks=None) -> Figure:
-    """Lines, each with its own x; with `log` a tick at each x; `marks`: name -> x of a dotted line."""
+def curves(lines: Lines, xlabel: str, ylabel: str, log=False, logy=False, title="") -> Figure:
+    """Lines, each with its own x; with `log` a tick at each x."""
     figure, axis = plt.subplots(figsize=(WIDTH, 3.4))
     looks = styles(lines, max(len(x) for x, _ in lines.values()))
     seeds = _draw(axis, lines, looks)
@@ -162,9 +162,6 @@ def curves(lines: Lines, xlabel: str, ylabel: str, log=False, logy=False, title=
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     elif all(tick.is_integer() for tick in ticks):
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    for name, place in (marks or {}).items():
-        axis.axvline(place, color=GREY, ls=":", lw=1, zorder=0)
-        axis.text(place, 1.01, name, transform=axis.get_xaxis_transform(), ha="center", fontsize=8)
     axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if logy else "linear")
     return _finish(figure, title, looks, seeds)
 
@@ -199,8 +196,8 @@ def progress(histories: Mapping[str, Sequence[tuple]], xlabel: str = "round", ti
     return _finish(figure, title, kinds, labels=(xlabel, "student's accuracy, %"))
 
 
-def accuracy_bars(groups, xlabel="top-1 accuracy, %", chance=0.0, title="", ceilings=()) -> Figure:
-    """Bars: group (method) -> network -> %, one or one per seed; hatched: `ceilings`, with real data."""
+def accuracy_bars(groups, xlabel="top-1 accuracy, %", chance=0.0, title="") -> Figure:
+    """Bars: group (method) -> network -> %, one or one per seed; hatched: with real images."""
     bars = {(label(g), label(n)): values for g, row in groups.items() for n, values in row.items()}
     cells = [(*name, float(v)) for name, vs in bars.items() for v in np.atleast_1d(vs)]
     rows, names, values = zip(*cells, strict=True)
@@ -213,7 +210,7 @@ def accuracy_bars(groups, xlabel="top-1 accuracy, %", chance=0.0, title="", ceil
     for bar in itertools.chain(*axis.containers):
         middle, mean = bar.get_y() + bar.get_height() / 2, bar.get_width()
         axis.text(101, middle, f"{mean:.1f}", va="center", fontsize=8)
-        if order[round(middle)] in map(label, ceilings):
+        if "real" in order[round(middle)]:
             bar.set(hatch="///", edgecolor="white", linewidth=0)
     if chance:
         looks["chance"] = (axis.axvline(chance, color=GREY, ls=":", lw=1.2).get_color(), "", ":")

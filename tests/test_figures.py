@@ -54,7 +54,7 @@ def test_loss_curves_leave_out_terms_that_a_method_has_not():
 
 def test_accuracy_bars_show_mean_and_deviation():
     groups = {"x": {"verifier": [40.0, 60.0]}, "all real": {"verifier": [80.0]}}
-    figure = figures.accuracy_bars(groups, chance=10, ceilings=["all real"])
+    figure = figures.accuracy_bars(groups, chance=10)
     bars = figure.axes[0].patches
     assert [(bar.get_width(), bar.get_hatch()) for bar in bars] == [(50.0, None), (80.0, "///")]
     assert texts(figure.axes[0].texts) == ["50.0", "80.0"] and texts(figure.texts)[0] == "± sd, n = 2"
@@ -73,12 +73,12 @@ def test_a_method_looks_the_same_everywhere_and_no_two_lines_are_alike():
     assert texts(figure.legends[0].get_texts())[-1] == "teacher (ResNet-small)"
 
 
-def test_curves_keep_their_own_x_average_over_seeds_and_mark_places():
+def test_curves_keep_their_own_x_and_average_over_seeds():
     lines = {"one": ([1, 2, 3], [4, 5, 6]), "two": ([2, 4], torch.tensor([[1.0, 0], [3, 2]]))}
-    figure = figures.curves(lines, "x", "y", marks={"paper": 3})
+    figure = figures.curves(lines, "x", "y")
     one, two = (line for line in figure.axes[0].lines if line.get_marker() in "o^")
     assert list(one.get_xdata()) == [1, 2, 3] and list(two.get_ydata()) == [2, 1]
-    assert texts(figure.texts)[0] == "± sd, n = 2" and texts(figure.axes[0].texts) == ["paper"]
+    assert texts(figure.texts)[0] == "± sd, n = 2"
     figure.canvas.draw()
     assert all(tick == int(tick) for tick in figure.axes[0].get_xticks())
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,7 +29,7 @@ from dinv.experiments import cache, device
 from dinv.experiments.profiles import SEEDED, Profile, flat, load_profile
 from dinv.files import cache_root, figures_root, locked, make_folder, near, repository_root, write_text
 
-COLUMNS = "chapter,table,row,column,metric,value,sd,n,values,paper,holds,command"
+COLUMNS = "chapter,table,row,column,metric,value,sd,n,values,holds,command"
 RICHEST_FIRST = ("paper", "gpu", "cpu", "smoke")
 README_BEGIN, README_END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -110,30 +110,19 @@ class Run:
         self._rows: dict[tuple[str, ...], dict[str, str]] = {}
         self._claims: dict[str, Claim] = {}
 
-    def table(
-        self,
-        name: str,
-        cells: Mapping[str, Mapping[str, Any]],
-        metric: str = "",
-        columns: Sequence[str] | None = None,
-        paper: Mapping[tuple[str, str], tuple[float, str]] | None = None,
-    ) -> pd.DataFrame:
-        """Record a table and return it as text, "59.5 ± 2.0"; the same cell again replaces.
+    def table(self, name: str, cells: Mapping[str, Mapping[str, Any]], metric: str = "") -> pd.DataFrame:
+        """Record {row: {column: a number, or one per seed}} and return it as text, "59.5 ± 2.0".
 
-        Args:
-            cells: {row: {column: a number, or one per seed}}.
-            columns: those to be shown, in this order; all by default. All are recorded.
-            paper: {(row, column): (number, mark)} of the paper, for the file; the mark is V, S, M or S+M.
+        The same cell again replaces.
         """
         shown, counts = {row: {} for row in cells}, set()
         for row, column in [(row, column) for row, entries in cells.items() for column in entries]:
-            stated = "{:g} [{}]".format(*paper[row, column]) if paper and (row, column) in paper else ""
-            entry = self._record(name, row, column, metric, cells[row][column], paper=stated)
+            entry = self._record(name, row, column, metric, cells[row][column])
             shown[row][column] = with_deviation(entry["value"], entry["sd"])
             counts.add(int(entry["n"]))
         frame = pd.DataFrame.from_dict(shown, orient="index").fillna("")
         seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-        return frame[list(columns or frame)].rename_axis(columns=f"{metric} (n = {seeds})".strip())
+        return frame.rename_axis(columns=f"{metric} (n = {seeds})".strip())
 
     def claim(
         self, sentence: str, values: Any, at_least: float = -math.inf, at_most: float = math.inf
@@ -147,12 +136,12 @@ class Run:
         self._claims[sentence] = claim
         return claim
 
-    def _record(self, table, row, column, metric, values, paper="", holds="") -> dict[str, str]:
+    def _record(self, table, row, column, metric, values, holds="") -> dict[str, str]:
         values = _floats(f"{table}, {row}, {column}", values)
         entry = (
             *(self.chapter, table, row, column, metric, number(np.mean(values), 6)),
             *(number(np.std(values, ddof=1), 3) if len(values) > 1 else "", str(len(values))),
-            *(" ".join(number(value, 6) for value in values), paper, holds),
+            *(" ".join(number(value, 6) for value in values), holds),
             command_line(self.chapter, self.profile),
         )
         place = (table, row, metric) if table == "claims" else (table, row, column, metric)
