@@ -20,49 +20,30 @@ from torch import Tensor, nn
 from dinv.data import Dataset, augment
 from dinv.files import NO_CHECKPOINT, NoCheckpoint
 from dinv.models import Classifier, autocast, inputs_of, to_float
-from dinv.training import SCHEDULES, Updates, predict
+from dinv.training import Updates, UpdateSettings, predict
 
 RECORD_EVERY = 20  # updates
 
 
 @dataclass(frozen=True)
-class ContinualSettings:
-    """How new classes are learnt.
+class ContinualSettings(UpdateSettings):
+    """How new classes are learnt: with images of the old ones, each class has the same share of a batch.
 
     Attributes:
-        updates: of SGD with Nesterov momentum 0.9.
-        batch_size: images per update; with images of the old classes, each class has the same share of it.
-        lr, warmup, schedule, weight_decay: as in `TrainingSettings`.
         alpha_new: weight of `distillation_on_new`, the third term; 0 leaves it out.
         local: what lies below the head learns from a cross-entropy among the new classes alone, so that it is
             not taught to tell photographs from synthesised images; only the head learns from that over all
             classes (Smith et al., Always Be Dreaming, ICCV 2021).
         alpha_features: weight of the squared distance between the features of old images in both networks,
             relative to the size of the old features; 0 leaves it out.
-        pad, flip: random crops and mirror images.
     """
 
     updates: int = 400
     batch_size: int = 128
     lr: float = 0.02
-    warmup: float = 0.15
-    schedule: str = "linear"
-    weight_decay: float = 5e-4
     alpha_new: float = 1.0
     local: bool = False
     alpha_features: float = 0.0
-    pad: int = 4
-    flip: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and positive")
-        for name in ("alpha_new", "alpha_features"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose {', '.join(SCHEDULES)}")
 
 
 def classifier_head(network: Classifier) -> tuple[str, nn.Linear]:

@@ -20,42 +20,32 @@ from torch import Tensor
 
 from dinv.compiling import Compiled, compiler_available
 from dinv.data import augment
-from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, check_settings, strip_prefix
 from dinv.inversion import InversionSettings, Inverter, balanced_labels
 from dinv.models import Classifier, autocast, evaluating
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
-from dinv.training import SCHEDULES, Updates, predict
+from dinv.training import Updates, UpdateSettings, predict
 
 
 @dataclass(frozen=True)
-class DistillationSettings:
+class DistillationSettings(UpdateSettings):
     """How a student is distilled: in `rounds`, each of a new batch and `updates` updates (paper: 50).
 
     `temperature` softens the outputs (paper: 3); `mixup` is that of the function; `compile`, of the update,
-    is "always" or "never". The others are as in `training.TrainingSettings`.
+    is "always" or "never".
     """
 
     rounds: int = 20
     updates: int = 50
-    batch_size: int = 256
     lr: float = 0.1
-    warmup: float = 0.15
-    schedule: str = "linear"
-    weight_decay: float = 5e-4
     temperature: float = 3.0
-    pad: int = 4
-    flip: bool = True
     mixup: bool = False
     compile: str = "always"
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "updates", "batch_size", "lr", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} of a distillation must be positive")
-        for name, choices in (("schedule", SCHEDULES), ("compile", ("always", "never"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose {', '.join(choices)}")
+        super().__post_init__()
+        check_settings(self, compile=("always", "never"))
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dinv.compiling import Compiled, compiler_available
 from dinv.distillation import Source
-from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, check_settings, strip_prefix
 from dinv.inversion import Inversion, Progress, balanced_labels, check_labels
 from dinv.models import Classifier
 from dinv.objectives import Competition, Objective, Term
@@ -49,13 +49,10 @@ class GeneratorSettings:
     compile: str = "always"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "latent_lr", "latent_dim", "width"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} of a generator must be positive")
-        if not (0 <= self.meta_lr <= 1 and self.jitter >= 0):
-            raise ValueError(f"meta_lr={self.meta_lr} must lie in 0 to 1, jitter={self.jitter} be at least 0")
-        if self.compile not in ("always", "never"):
-            raise ValueError(f"unknown compile {self.compile!r}: choose always, never")
+        positive = ("steps", "lr", "latent_lr", "latent_dim", "width")
+        check_settings(self, positive, compile=("always", "never"))
+        if self.meta_lr > 1:
+            raise ValueError(f"meta_lr={self.meta_lr} must lie in 0 to 1")
 
 
 class ImageGenerator(nn.Module):

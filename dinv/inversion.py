@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinv.compiling import compiler_available, compiling_pays
+from dinv.files import check_settings
 from dinv.models.classifier import Classifier
 from dinv.objectives import Objective, Term
 from dinv.pyramid import PyramidAdam
@@ -59,17 +60,9 @@ class InversionSettings:
 
     def __post_init__(self) -> None:
         choices = {"schedule": ("constant", "cosine"), "keep": ("best", "last")}
-        for name, known in {**choices, "compile": ("auto", "always", "never")}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose {', '.join(known)}")
+        check_settings(self, ("steps", "lr", "octaves"), **choices, compile=("auto", "always", "never"))
         if any(steps < 1 or size < 1 for steps, size in self.stages):
             raise ValueError(f"stages {self.stages} must be pairs of positive steps and size")
-        positive, others = (self.steps, self.lr, self.octaves), (self.jitter, self.chroma_lr)
-        if not (all(0 < x < math.inf for x in positive) and all(0 <= x < math.inf for x in others)):
-            raise ValueError(
-                f"steps={self.steps}, lr={self.lr} and octaves={self.octaves} must be positive, "
-                f"jitter={self.jitter} and chroma_lr={self.chroma_lr} not negative"
-            )
 
     def plan(self, size: int) -> tuple[tuple[int, int], ...]:
         """The (steps, size) pairs to run for a teacher of this image size."""

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dinv.compiling import forward_flops
-from dinv.files import read_tensors, write_tensors
+from dinv.files import check_settings, read_tensors, write_tensors
 from dinv.latency import LatencyTable
 from dinv.models import Classifier, to_float
 from dinv.training import predict
@@ -51,11 +51,9 @@ class PruningSettings:
     keep: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.importance not in IMPORTANCES:
-            raise ValueError(f"unknown importance {self.importance!r}: choose {', '.join(IMPORTANCES)}")
-        if not 0 < self.step <= 1 or not 0 <= self.keep <= 1 or not math.isfinite(self.eta):
-            bounds = f"step={self.step} must lie in (0, 1], keep={self.keep} in [0, 1]"
-            raise ValueError(f"{bounds}, and eta={self.eta} must be finite")
+        check_settings(self, ("step",), importance=IMPORTANCES)
+        if max(self.step, self.keep) > 1:
+            raise ValueError(f"step={self.step} and keep={self.keep} are shares, at most 1")
 
 
 class Group:

@@ -13,41 +13,45 @@ from torch import Tensor, nn
 
 from dinv.compiling import Compiled, compiler_available
 from dinv.data import Dataset, augment
-from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, check_settings, strip_prefix
 from dinv.models import Classifier, autocast, evaluating, to_float
 
 SCHEDULES = ("linear", "steps")
+POSITIVE = ("batch_size", "lr", "epochs", "rounds", "updates", "temperature")  # other numbers may be 0
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """A training from scratch by SGD, `batch_size` images per update; `lr` is the peak of `scheduled_lr`.
+class UpdateSettings:
+    """SGD with `batch_size` images per update; `lr` is the peak of `scheduled_lr`.
 
-    The first `low_res_epochs` run on images of three quarters of their size, which cost 56 % of the time.
     Random crops move by up to `pad` pixels; `flip` mirrors half of the images.
     """
 
-    epochs: int = 30
     batch_size: int = 256
     lr: float = 0.2
     weight_decay: float = 5e-4
     schedule: str = "linear"
     warmup: float = 0.15
-    low_res_epochs: int = 0
     pad: int = 4
     flip: bool = True
-    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < float("inf"):
-            raise ValueError(
-                f"epochs={self.epochs}, batch_size={self.batch_size} and lr={self.lr} must be positive"
-            )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose {', '.join(SCHEDULES)}")
+        check_settings(self, POSITIVE, schedule=SCHEDULES)
 
 
-def scheduled_lr(settings: Any, step: int, steps: int) -> float:
+@dataclass(frozen=True)
+class TrainingSettings(UpdateSettings):
+    """A training from scratch.
+
+    The first `low_res_epochs` run on images of three quarters of their size, which cost 56 % of the time.
+    """
+
+    epochs: int = 30
+    low_res_epochs: int = 0
+    label_smoothing: float = 0.0
+
+
+def scheduled_lr(settings: UpdateSettings, step: int, steps: int) -> float:
     """The learning rate of update `step` (from 0) of `steps`; `settings.lr` is its peak.
 
     Schedule "linear": up during the first share `warmup` of the updates, then down to zero. "steps": divided
@@ -59,7 +63,7 @@ def scheduled_lr(settings: Any, step: int, steps: int) -> float:
     return settings.lr * max(0.0, min((step + 1) / rise, (steps - step) / max(1.0, steps - rise)))
 
 
-def optimizer_for(model: nn.Module, settings: Any) -> torch.optim.SGD:
+def optimizer_for(model: nn.Module, settings: UpdateSettings) -> torch.optim.SGD:
     """SGD with Nesterov momentum 0.9; weight decay for matrices and filters, not for biases and BatchNorm."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -78,7 +82,6 @@ class Updates:
             loop.record(epoch=number + 1, loss=mean)  # after the last one it is in eval mode
 
     Args:
-        settings: with `lr`, `weight_decay`, `schedule` and `warmup`.
         total, per_round: updates of all rounds, and of each; the last round has those left.
         generator: the CPU generator behind every draw.
         checkpoint: all is restored from it at once: a killed training ends in the same bytes as any other.
@@ -86,7 +89,7 @@ class Updates:
     """
 
     model: nn.Module
-    settings: Any
+    settings: UpdateSettings
     total: int
     per_round: int
     generator: torch.Generator

@@ -79,7 +79,7 @@ def test_a_student_comes_to_agree_with_its_teacher(tiny, portrait):
     teacher, student = tiny(0).freeze(), tiny(1)
     images = some_images(64)[..., :2, :2].repeat_interleave(4, 2).repeat_interleave(4, 3)  # of plain squares
     before, untouched = agreement(teacher, student, images), portrait(teacher)
-    settings = DistillationSettings(10, updates=40, batch_size=32, pad=0, flip=False, compile="never")
+    settings = DistillationSettings(rounds=10, updates=40, batch_size=32, pad=0, flip=False, compile="never")
     history = distill(teacher, student, images, settings).history
     assert agreement(teacher, student, images) > max(80, before + 20)
     assert history[-1]["loss"] < 0.3 * history[0]["loss"]
@@ -275,7 +275,7 @@ def test_a_compiled_step_serves_every_student_of_its_kind(tiny):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rounds": 0}, "rounds=0 of a distillation must be positive"),
+        ({"rounds": 0}, "rounds=0 must be positive"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine': choose linear, steps"),

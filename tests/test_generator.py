@@ -162,7 +162,7 @@ def test_nan_is_told_with_the_term_that_made_it(tiny):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"steps": 0}, "steps=0 of a generator must be positive"),
+        ({"steps": 0}, "steps=0 must be positive"),
         ({"width": -1}, "width=-1"),
         ({"meta_lr": 1.5}, "meta_lr=1.5 must lie in 0 to 1"),
         ({"compile": "auto"}, "unknown compile 'auto': choose always, never"),
