@@ -24,7 +24,7 @@ from dinv.files import NO_CHECKPOINT, NoCheckpoint, check_settings, strip_prefix
 from dinv.inversion import Inversion, Progress, balanced_labels, check_labels
 from dinv.models import Classifier
 from dinv.objectives import Competition, Objective, Term
-from dinv.pool import batch_seed, to_uint8
+from dinv.pool import Pool, batch_seed, to_uint8
 from dinv.step import Step, jittered, require_finite
 
 
@@ -258,26 +258,30 @@ class GeneratorSource(Source):
 
 
 def synthesize_from(
-    source: Source, rounds: int, student: Classifier | None, checkpoint: NoCheckpoint = NO_CHECKPOINT
-) -> tuple[Tensor, list[float]]:
-    """`rounds` batches of a source for a student that stays as it is: uint8 images, and seconds per batch.
+    source: Source,
+    rounds: int,
+    student: Classifier | None = None,
+    *,
+    checkpoint: NoCheckpoint = NO_CHECKPOINT,
+) -> Pool:
+    """`rounds` batches of a fresh source, for a student that stays as it is; by default its teacher.
 
     With a `checkpoint` a killed synthesis goes on at a later batch to the same bytes.
     """
-    batches, seconds, saved = [], [], checkpoint.load()
+    batches, before, began, saved = [], 0.0, time.perf_counter(), checkpoint.load()
     if saved is not None:
         tensors, meta = saved
-        batches, seconds = [tensors["images"]], list(meta["seconds"])
+        batches, before = list(tensors["images"].split(meta["size"])), meta["seconds"]
         source.restore(strip_prefix("source.", tensors))
 
-    def snapshot() -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    def snapshot() -> tuple[dict[str, Tensor], dict[str, float]]:
         state = {f"source.{name}": value for name, value in source.state().items()}
-        return state | {"images": torch.cat(batches)}, {"seconds": seconds}
+        seconds = before + time.perf_counter() - began
+        return state | {"images": torch.cat(batches)}, {"size": len(batches[0]), "seconds": seconds}
 
-    for number in range(len(seconds), rounds):
-        began = time.perf_counter()
-        batches.append(source(number, student))
-        seconds.append(time.perf_counter() - began)
+    for number in range(len(batches), rounds):
+        batches.append(source(number, student or source.teacher))
         checkpoint.progress(number + 1, rounds)
         checkpoint.save(snapshot)
-    return torch.cat(batches), seconds
+    labels = torch.cat([source.labels(number) for number in range(rounds)])
+    return Pool(torch.cat(batches), labels, seconds=before + time.perf_counter() - began)

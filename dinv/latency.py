@@ -11,6 +11,7 @@ from timeit import timeit
 
 import numpy as np
 import torch
+from scipy.interpolate import interpn
 from torch import Tensor, nn
 
 from dinv.models import Classifier, inputs_of
@@ -112,11 +113,8 @@ class Layer:
 
     def at(self, inputs: float, outputs: float) -> float:
         """Milliseconds at these widths, by linear interpolation; below the smallest, as at the smallest."""
-        row, share = _place(inputs / self.inputs)
-        column, part = _place(outputs / self.outputs)
-        pair = self.milliseconds[row : row + 2]
-        across = [line[column] * (1 - part) + line[column + 1] * part for line in pair]
-        return across[0] * (1 - share) + across[1] * share
+        shares = np.clip((inputs / self.inputs, outputs / self.outputs), WIDTHS[0], WIDTHS[-1])
+        return float(interpn((WIDTHS, WIDTHS), np.asarray(self.milliseconds), shares)[0])
 
 
 @dataclass(frozen=True)
@@ -191,10 +189,3 @@ def _unit(
     unit = nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
     unit = unit.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return _forward(unit, torch.rand(count, inputs, *shape[2:], device=device))
-
-
-def _place(share: float) -> tuple[int, float]:
-    """The measured width below `share`, by its number, and how far towards the next one."""
-    share = min(max(share, WIDTHS[0]), WIDTHS[-1])
-    index = min(sum(width <= share for width in WIDTHS) - 1, len(WIDTHS) - 2)
-    return index, (share - WIDTHS[index]) / (WIDTHS[index + 1] - WIDTHS[index])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,11 +60,9 @@ def agreement(one: Classifier, other: Classifier, images: Tensor) -> float:
 
 def confusion_matrix(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     """Confusion matrix (K, K), float32: row k holds the predictions for class k, in percent."""
-    classes = len(model.classes)
-    predictions = predict(model, images).argmax(1).cpu()
-    pairs = labels.cpu() * classes + predictions
-    counts = pairs.bincount(minlength=classes**2).view(classes, classes).float()
-    return 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+    classes, predictions = range(len(model.classes)), predict(model, images).argmax(1).cpu()
+    shares = sklearn.metrics.confusion_matrix(labels.cpu(), predictions, labels=classes, normalize="true")
+    return torch.from_numpy(100 * shares).float()
 
 
 def topk_accuracy(

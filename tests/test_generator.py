@@ -131,13 +131,14 @@ def test_a_synthesis_goes_on_at_its_next_batch_to_the_same_bytes(tiny, memory):
 
     def run(checkpoint):
         source = GeneratorSource(teacher, objective(), SETTINGS, batch_size=20, competition=4.0)
-        return generator.synthesize_from(source, 3, student, checkpoint)
+        return generator.synthesize_from(source, 3, student, checkpoint=checkpoint)
 
-    whole, seconds = run(memory())
+    whole = run(memory())
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint)
-    resumed, _ = run(checkpoint)
-    assert len(seconds) == 3 and checkpoint.told == [(1, 3), (2, 3), (3, 3)] and torch.equal(whole, resumed)
+    resumed = run(checkpoint)
+    assert checkpoint.told == [(1, 3), (2, 3), (3, 3)] and torch.equal(whole.images, resumed.images)
+    assert torch.equal(whole.labels, balanced_labels(20, 5).repeat(3)) and whole.seconds > 0
 
 
 def test_compiled_and_plain_agree(tiny):

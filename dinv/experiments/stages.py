@@ -9,7 +9,6 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dinv import continual, distillation, generator, pool, training
@@ -21,7 +20,6 @@ from dinv.experiments.device import device
 from dinv.experiments.profiles import Profile
 from dinv.files import NO_CHECKPOINT
 from dinv.models import Classifier, create_model, load_model, shipped_models
-from dinv.pool import Pool
 from dinv.training import TrainingSettings, accuracy
 
 EVAL_IMAGES = 2000  # test images for the curves; the tables take them all
@@ -87,29 +85,7 @@ def _finished(model: Classifier, result: Any) -> list[dict[str, float]]:
 
 # The same seed starts from the same noise, whatever the objective.
 synthesize = stage("pool", version=1)(pool.synthesize)
-
-
-@dataclass
-class SourcePool(Pool):
-    """A pool whose batches a source made; `batch_seconds` are those of each."""
-
-    batch_seconds: tuple[float, ...] = ()
-
-
-@stage("pool", version=1)
-def synthesize_from(
-    source: Source, rounds: int, student: Classifier | None = None, *, checkpoint=NO_CHECKPOINT
-) -> SourcePool:
-    """`generator.synthesize_from` as a stage.
-
-    Args:
-        source: a fresh one.
-        student: the network that the source competes with, if it does; stays as it is.
-    """
-    competitor = source.teacher if student is None else student
-    images, seconds = generator.synthesize_from(source, rounds, competitor, checkpoint)
-    labels = torch.cat([source.labels(number) for number in range(rounds)])
-    return SourcePool(images, labels, batch_seconds=tuple(seconds))
+synthesize_from = stage("pool", version=1)(generator.synthesize_from)
 
 
 # ---- students --------------------------------------------------------------------------------------
