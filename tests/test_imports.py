@@ -1,6 +1,8 @@
 """The house by its floors: no circle, no import that runs upward, and how large it may be."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -62,3 +64,10 @@ def test_the_package_is_small():
     lists = [(name, [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)]) for name, a in functions]
     many = [name for name, words in lists if len(set(words) - {"self", "cls"}) > 8]
     assert len(many) <= 4, many
+
+
+def test_what_takes_seconds_to_import_waits_until_it_is_needed():
+    names = "{'torchvision', 'torch._dynamo', 'timm'}"
+    program = f"import sys, dinv.reproduce; print({names} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert run.stdout.strip() == "set()", run.stdout + run.stderr
