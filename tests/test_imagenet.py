@@ -89,7 +89,7 @@ def test_folders_with_the_classes_own_names_or_wordnets_ids(tmp_path, tiny):
 )
 def test_folders_that_are_no_classes_are_refused_before_an_image_is_read(tmp_path, tiny, monkeypatch, names):
     names = names.split()
-    monkeypatch.setattr("dinv.experiments.imagenet.ImageFolder", None)
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", None)
     for name in names:
         (tmp_path / name).mkdir()
     (tmp_path / "readme.txt").touch()
