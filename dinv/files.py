@@ -87,12 +87,6 @@ def make_folder(path: Path, variable: str) -> Path:
     return path
 
 
-def canonical_json(value, where: str = "value") -> str:
-    """`value` in its one spelling: keys sorted, no blanks. TypeError names an entry that JSON cannot hold."""
-    _plain(value, where)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -180,7 +174,8 @@ def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Any = None) -> None:
     """Write one safetensors file, in its header `meta`, which JSON can hold, and a checksum of all."""
-    tensors, text = to_cpu(tensors), canonical_json(meta, "meta")
+    _plain(meta, "meta")  # names what JSON cannot hold
+    tensors, text = to_cpu(tensors), json.dumps(meta, sort_keys=True, allow_nan=False)
     header = {"meta": text, "sha256": digest([tensors, text])}
     with atomic_write(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(tensors, temporary, header)

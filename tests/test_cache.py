@@ -220,7 +220,7 @@ def scribble(path: Path):
 
 
 def change_a_number(path: Path):
-    path.write_bytes(path.read_bytes().replace(b'resumed_at\\":0', b'resumed_at\\":1'))
+    path.write_bytes(path.read_bytes().replace(b'resumed_at\\": 0', b'resumed_at\\": 1'))
 
 
 @pytest.mark.parametrize(
