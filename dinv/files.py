@@ -136,7 +136,10 @@ def atomic_write(path: Path, size: int) -> Iterator[Path]:
     """Yield a temporary name that becomes `path` if the block ends well. `size`: bytes it needs."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors would keep the file to its owner
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free

@@ -112,6 +112,8 @@ def test_tensors_come_back_as_they_were(tmp_path):
     assert result.keys() == tensors.keys() and meta == {"note": "ä", "numbers": [1, 2.5]}
     for name, tensor in tensors.items():
         assert torch.equal(result[name], tensor) and result[name].dtype == tensor.dtype
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     with pytest.raises(ValueError, match="'x' is a list, expected a tensor"):
         to_cpu({"x": [1]})
     for value, message in (
