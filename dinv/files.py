@@ -179,7 +179,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Any = None) -
     """Write one safetensors file, in its header `meta`, which JSON can hold, and a checksum of all."""
     _plain(meta, "meta")  # names what JSON cannot hold
     tensors, text = to_cpu(tensors), json.dumps(meta, sort_keys=True, allow_nan=False)
-    header = {"meta": text, "sha256": digest([tensors, text])}
+    header = {"dinv": f"{digest([tensors, text])} {text}"}  # one entry: safetensors does not keep their order
     with atomic_write(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(tensors, temporary, header)
 
@@ -188,13 +188,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """The tensors and the meta of a file; `Corrupt` if it holds anything but what was written."""
     try:
         with safe_open(path, framework="pt") as file:
-            names, header = list(file.keys()), file.metadata() or {}
+            names, header = list(file.keys()), (file.metadata() or {}).get("dinv", "")
             tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise Corrupt(f"{path} cannot be read ({error})") from error
-    if header.get("sha256") != digest([tensors, header.get("meta")]):
+    checksum, _, text = header.partition(" ")
+    if checksum != digest([tensors, text]):
         raise Corrupt(f"{path} is corrupt (its checksum does not match), or of another origin")
-    return tensors, json.loads(header["meta"])
+    return tensors, json.loads(text)
 
 
 def packed(record: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
