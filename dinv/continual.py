@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinv.checks import check_settings
 from dinv.data import Dataset, augment
 from dinv.files import NO_CHECKPOINT, NoCheckpoint
 from dinv.models import Classifier, autocast, inputs_of, to_float
@@ -44,6 +45,10 @@ class ContinualSettings(UpdateSettings):
     alpha_new: float = 1.0
     local: bool = False
     alpha_features: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, ("updates",))
 
 
 def classifier_head(network: Classifier) -> tuple[str, nn.Linear]:

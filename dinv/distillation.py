@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinv.checks import check_settings
 from dinv.compiling import Compiled, compiler_available
 from dinv.data import augment
-from dinv.files import NO_CHECKPOINT, NoCheckpoint, check_settings, strip_prefix
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.inversion import InversionSettings, Inverter, balanced_labels
 from dinv.models import Classifier, autocast, evaluating
 from dinv.objectives import Competition, Objective, Term
@@ -45,7 +46,7 @@ class DistillationSettings(UpdateSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, compile=("always", "never"))
+        check_settings(self, ("rounds", "updates", "temperature"), compile=("always", "never"))
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinv.checks import check_settings
 from dinv.compiling import Compiled, compiler_available
 from dinv.distillation import Source
-from dinv.files import NO_CHECKPOINT, NoCheckpoint, check_settings, strip_prefix
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.inversion import Inversion, Progress, balanced_labels, check_labels
 from dinv.models import Classifier
 from dinv.objectives import Competition, Objective, Term
@@ -268,20 +269,19 @@ def synthesize_from(
 
     With a `checkpoint` a killed synthesis goes on at a later batch to the same bytes.
     """
-    batches, before, began, saved = [], 0.0, time.perf_counter(), checkpoint.load()
+    batches, began, saved = [], time.perf_counter(), checkpoint.load()
     if saved is not None:
         tensors, meta = saved
-        batches, before = list(tensors["images"].split(meta["size"])), meta["seconds"]
+        batches = list(tensors["images"].split(meta["size"]))
         source.restore(strip_prefix("source.", tensors))
 
-    def snapshot() -> tuple[dict[str, Tensor], dict[str, float]]:
+    def snapshot() -> tuple[dict[str, Tensor], dict[str, int]]:
         state = {f"source.{name}": value for name, value in source.state().items()}
-        seconds = before + time.perf_counter() - began
-        return state | {"images": torch.cat(batches)}, {"size": len(batches[0]), "seconds": seconds}
+        return state | {"images": torch.cat(batches)}, {"size": len(batches[0])}
 
     for number in range(len(batches), rounds):
         batches.append(source(number, student or source.teacher))
         checkpoint.progress(number + 1, rounds)
         checkpoint.save(snapshot)
     labels = torch.cat([source.labels(number) for number in range(rounds)])
-    return Pool(torch.cat(batches), labels, seconds=before + time.perf_counter() - began)
+    return Pool(torch.cat(batches), labels, seconds=time.perf_counter() - began)

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinv.checks import check_settings
 from dinv.compiling import compiler_available, compiling_pays
-from dinv.files import check_settings
 from dinv.models.classifier import Classifier
 from dinv.objectives import Objective, Term
 from dinv.pyramid import PyramidAdam

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from dinv.checks import check_settings
 from dinv.compiling import forward_flops
-from dinv.files import check_settings, read_tensors, write_tensors
+from dinv.files import read_tensors, write_tensors
 from dinv.latency import LatencyTable
 from dinv.models import Classifier, to_float
 from dinv.training import predict
@@ -288,7 +289,12 @@ def restructured(original: Classifier, removed: list[tuple[str, list[int]]]) -> 
 
 
 def load_pruned(path: str | Path, original: Classifier) -> Pruned:
-    """Read what `Pruned.save` wrote; `original`, the same network with any weights, lends the structure."""
+    """Read what `Pruned.save` wrote; `original`, the same network with any weights, lends the structure.
+
+    Raises:
+        Corrupt: the file is damaged, or nothing of dinv's.
+        ValueError: it holds something else, or another network.
+    """
     state, structure = read_tensors(Path(path))
     if "removed" not in (structure or {}):
         raise ValueError(f"{path} holds no pruned network")

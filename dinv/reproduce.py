@@ -21,10 +21,11 @@ import papermill
 from ipykernel.kernelspec import write_kernel_spec
 from tqdm import tqdm
 
+from dinv.checks import near
 from dinv.experiments import device
 from dinv.experiments.profiles import flat, load_profile
 from dinv.experiments.results import claims_table, read_provenance, read_rows, update_readme
-from dinv.files import cache_root, figures_root, make_folder, near, repository_root, write_text
+from dinv.files import cache_root, figures_root, make_folder, repository_root, write_text
 
 ROOT = repository_root()
 duration = tqdm.format_interval  # "02:06" or "1:02:06"

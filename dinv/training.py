@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinv.checks import check_settings
 from dinv.compiling import Compiled, compiler_available
 from dinv.data import Dataset, augment
-from dinv.files import NO_CHECKPOINT, NoCheckpoint, check_settings, strip_prefix
+from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.models import Classifier, autocast, evaluating, to_float
 
 SCHEDULES = ("linear", "steps")
-POSITIVE = ("batch_size", "lr", "epochs", "rounds", "updates", "temperature")  # other numbers may be 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class UpdateSettings:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        check_settings(self, POSITIVE, schedule=SCHEDULES)
+        check_settings(self, ("batch_size", "lr"), schedule=SCHEDULES)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class TrainingSettings(UpdateSettings):
     epochs: int = 30
     low_res_epochs: int = 0
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, ("epochs",))
 
 
 def scheduled_lr(settings: UpdateSettings, step: int, steps: int) -> float:
@@ -195,9 +199,9 @@ def epoch_batches(
     dataset: Dataset, settings: TrainingSettings, generator: torch.Generator, low_res: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled, augmented batches: float32 [0, 1] images, channels last, and their labels."""
-    order = torch.randperm(len(dataset), generator=generator)
+    order = torch.randperm(len(dataset), generator=generator).to(dataset.device)
     for picked in order[: len(order) // settings.batch_size * settings.batch_size].split(settings.batch_size):
-        batch = dataset.take(picked.to(dataset.device))
+        batch = dataset.take(picked)
         images = augment(batch.images, generator, pad=settings.pad, flip=settings.flip).float().div_(255)
         if low_res:
             images = F.interpolate(images, scale_factor=0.75, mode="bilinear", antialias=True)

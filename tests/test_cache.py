@@ -243,6 +243,16 @@ def test_what_is_corrupt_is_named_and_made_again(ledger, capsys, damage, message
     assert [entry["cached"] for entry in ledger] == [False, False, True]
 
 
+def test_the_result_of_another_key_is_not_taken_for_this_one(ledger, capsys):
+    """The folder's name holds no more than the beginning of the key."""
+    walk()
+    path, whole = folders()[0] / "data.safetensors", data()
+    tensors, record = files.read_tensors(path)
+    files.write_tensors(path, {**tensors, "state": tensors["state"] + 1}, record | {"key": "another"})
+    assert walk().resumed_at == 0 and data() == whole
+    assert "is of another key: walk, seed 7 is made again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", [flip_last_byte, cut, scribble])
 def test_a_corrupt_checkpoint_is_named_and_the_stage_starts_anew(capsys, damage):
     walk()

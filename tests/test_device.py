@@ -1,6 +1,8 @@
 """DINV_DEVICE and the profile decide what is computed on; where CUDA is missing, the reason is told."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,15 +55,34 @@ def test_what_cannot_be_is_refused(card, monkeypatch, wish, profile, message):
 
 
 @pytest.mark.parametrize(
-    "build, message",
+    "build, driver, message",
     [
-        ("13.2", "CUDA 13.2 and needs NVIDIA's driver 580 or newer; nvidia-smi"),
-        ("99.0", "built for CUDA 99.0; nvidia-smi"), (None, "is built without CUDA$"),
+        ("13.2", "535.129.03", "CUDA 13.2 and needs .* driver 580 or newer; .* 535.129.03: too old"),
+        ("13.2", "580.65", "the driver here is 580.65, but it shows torch no card"),
+        ("12.6", None, "needs NVIDIA's driver 525 or newer; no driver was found"),
+        ("99.0", "999.1", "built for CUDA 99.0; the driver here is 999.1, but"),
+        (None, "580.65", "is built without CUDA$"),
+    ],
+)
+def test_why_there_is_no_cuda(monkeypatch, build, driver, message):
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(device, "driver", lambda: driver)
+    assert re.search(message, device.reason())
+
+
+@pytest.mark.parametrize(
+    "file, told, version",
+    [
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06\nGCC 12.3.0\n", "", "580.65.06"),
+        (None, "535.129.03\n", "535.129.03"), (None, "NVIDIA-SMI has failed\n", None),
     ],
 )  # fmt: skip
-def test_why_there_is_no_cuda(monkeypatch, build, message):
-    monkeypatch.setattr(torch.version, "cuda", build)
-    assert re.search(message, device.reason())
+def test_the_drivers_version(monkeypatch, tmp_path, file, told, version):
+    if file:
+        (tmp_path / "version").write_text(file)
+    monkeypatch.setattr(device, "Path", lambda _: Path(tmp_path / "version"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, told))
+    assert device.driver() == version
 
 
 def test_a_chapter_keeps_to_its_profile(card, monkeypatch, capsys):

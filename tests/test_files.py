@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dinv import files
-from dinv.files import Corrupt, digest, locked, near, to_cpu
+from dinv.checks import near
+from dinv.files import Corrupt, digest, locked, to_cpu
 from dinv.models import create_model
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import dinv.data.sources as sources
+from dinv.checks import near
 from dinv.data.sources import SPLITS
-from dinv.files import near, repository_root
+from dinv.files import repository_root
 from dinv.models import DOMAINS, resized
 
 # name -> names of the classes, in the order of the labels

@@ -62,12 +62,12 @@ def stage(kind: str, version: int = 1) -> Callable:
             folder = files.make_folder(files.cache_root() / f"{kind}-{key[:12]}", "DINV_CACHE")
             path = folder / "data.safetensors"
             with files.locked(folder, label):
-                kept = _load(path, label, result_class)
+                kept = _load(path, key, label, result_class)
                 if made := kept is None:
                     checkpoint = Checkpoint(folder, label)
                     bound.arguments |= {"checkpoint": checkpoint} if resumes else {}
                     _make(lambda: function(*bound.args, **bound.kwargs), checkpoint, path, key)
-                    kept = _load(path, label, result_class)
+                    kept = _load(path, key, label, result_class)
             result, seconds = kept
             entry = {"kind": kind, "label": label, "key": key, "seconds": round(seconds, 2)}
             ledger.append(entry | {"cached": not made, "folder": folder.name})
@@ -154,11 +154,14 @@ def _read(path: Path, otherwise: str) -> tuple[dict[str, Tensor], dict] | None:
         return None
 
 
-def _load(path: Path, label: str, result_class: type) -> tuple[Any, float] | None:
-    """The result and its seconds; None if there is none."""
+def _load(path: Path, key: str, label: str, result_class: type) -> tuple[Any, float] | None:
+    """The result and its seconds; None if there is none, or, which is told, that of another key."""
     if (kept := _read(path, f"{label} is made again")) is None:
         return None
     tensors, record = kept
+    if record.get("key") != key:
+        print(f"dinv: {path} is of another key: {label} is made again", file=sys.stderr)
+        return None
     return files.unpacked(result_class, tensors, record["values"]), record["seconds"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,10 +79,29 @@ def precision() -> str:
 
 
 def reason() -> str:
-    """Why torch finds no CUDA device, as far as it tells."""
+    """Why torch finds no CUDA device, as far as the system tells it."""
     build = torch.version.cuda
     if not build:
         return f"torch {torch.__version__} is built without CUDA"
-    oldest = DRIVERS.get(build.partition(".")[0])
-    needs = f" and needs NVIDIA's driver {oldest} or newer" if oldest else ""
-    return f"torch {torch.__version__} is built for CUDA {build}{needs}; nvidia-smi shows what is here"
+    text = f"torch {torch.__version__} is built for CUDA {build}"
+    oldest, version = DRIVERS.get(build.partition(".")[0]), driver()
+    if oldest:
+        text += f" and needs NVIDIA's driver {oldest} or newer"
+    if not version:
+        return f"{text}; no driver was found"
+    if oldest and int(version.partition(".")[0]) < oldest:
+        return f"{text}; the driver here is {version}: too old"
+    return f"{text}; the driver here is {version}, but it shows torch no card"
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's driver, None where none is found."""
+    text = ""
+    with suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    if not text:  # the only way in WSL
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    match = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return match.group() if match else None

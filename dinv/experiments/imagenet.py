@@ -15,12 +15,12 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from dinv.checks import near
 from dinv.compiling import distillation_flops, inversion_flops
 from dinv.data import Dataset, load_dataset
 from dinv.experiments import stages
 from dinv.experiments.device import device
 from dinv.experiments.profiles import Profile
-from dinv.files import near
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
 
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries

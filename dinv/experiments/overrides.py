@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from dinv.files import near
+from dinv.checks import near
 
 
 def flat(settings: Any) -> dict[str, Any]:

