@@ -21,12 +21,13 @@ from torch import Tensor
 from dinv.checks import check_settings
 from dinv.compiling import Compiled, compiler_available
 from dinv.data import augment
+from dinv.data.dataset import sent
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.inversion import InversionSettings, Inverter, balanced_labels
 from dinv.models import Classifier, autocast, evaluating
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
-from dinv.training import Updates, UpdateSettings, predict
+from dinv.training import GradientStep, Updates, UpdateSettings, predict
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class DistillStep:
         self.temperature = temperature
         compiled = compile == "always" and compiler_available(teacher.mean.device)
         self._compiled = Compiled(self._forward, self.student, compiled)
+        self._step = GradientStep(self._compiled, self.student)
 
     @property
     def compile_seconds(self) -> float:
@@ -181,8 +183,8 @@ class DistillStep:
         self.student.train()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, to be differentiated by the student's parameters, and the share of equal answers."""
-        return self._compiled(images)
+        """The loss, whose gradient is left in the student's parameters, and the share of equal answers."""
+        return self._step(images)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(images.device):
@@ -282,10 +284,9 @@ def distill(
             record["fresh"] = 100 * torch.eq(*answers).float().mean().item()
         pairs = []
         for batch in _batches(len(new), pool.images, settings, generator):
-            loss, agreement = step(batch)
-            loop.update(loss)
-            pairs.append((loss.detach(), agreement))
-        loss, agreement = (torch.stack(values).mean().item() for values in zip(*pairs, strict=True))
+            pairs.append(torch.stack(step(batch)))
+            loop.update()
+        loss, agreement = torch.stack(pairs).mean(0).tolist()
         distilled = time.perf_counter()  # now that the last update is over: a card lags behind
         record |= {"synthesis": synthesised - began, "distillation": distilled - synthesised}
         record["compilation"] = step.compile_seconds + source.compile_seconds - compiled
@@ -309,8 +310,8 @@ def _batches(
     size, count = settings.batch_size, settings.updates * settings.batch_size
     fresh = len(pool) - new + torch.randperm(new, generator=generator)
     drawn = torch.randint(len(pool), (count,), generator=generator)
-    for picked in torch.cat([fresh, drawn])[:count].split(size):
-        batch = augment(pool[picked.to(pool.device)], generator, pad=settings.pad, flip=settings.flip)
+    for picked in torch.cat([fresh, drawn])[:count].to(pool.device).split(size):
+        batch = augment(pool[picked], generator, pad=settings.pad, flip=settings.flip)
         batch = batch.float().div_(255)
         batch = mixup(batch, generator) if settings.mixup else batch
         yield batch.contiguous(memory_format=torch.channels_last)
@@ -321,8 +322,8 @@ def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Mixup (Zhang et al., 2018); the teacher labels the blend (Beyer et al., 2022), and a pool lasts longer.
     """
-    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device).to(images.device)
-    return torch.lerp(images, images.roll(1, 0), share)
+    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
+    return torch.lerp(images, images.roll(1, 0), sent(share, images.device))
 
 
 def _as_uint8(images: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinv.compiling import Compiled
+from dinv.compiling import Compiled, Recorded
+from dinv.data.dataset import sent
 from dinv.feature_statistics import register_hooks
 from dinv.models.classifier import Classifier, autocast
 from dinv.objectives import Competition, Objective, Term, View
@@ -38,6 +39,7 @@ class Step:
         students = [(own.student, term.student) for own, term in pairs if isinstance(own, Competition)]
         self._copies = [(self.teacher, teacher), *students]
         self._terms = Compiled(self._forward, self.teacher, compiled)
+        self._recorded = Recorded(self._descent, self.teacher)
 
     @property
     def compiled(self) -> bool:
@@ -73,7 +75,13 @@ class Step:
         return View(pixels, labels, logits, self.features, images)
 
     def __call__(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The unweighted terms at `pixels`, and the gradient of their sum under `weights`."""
+        """The unweighted terms at `pixels`, and the gradient of their sum under `weights`.
+
+        On a card both are overwritten by the next call.
+        """
+        return self._recorded(pixels, labels, weights)
+
+    def _descent(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         pixels = pixels.detach().requires_grad_(True)
         total, terms = self._terms(pixels, labels, weights)
         (gradient,) = torch.autograd.grad(total, pixels)
@@ -112,7 +120,7 @@ def jittered(
     down, right = (torch.randint(span, (2,), generator=generator) - settings.jitter).tolist()
     mask = None
     if settings.flip:
-        mask = torch.rand(len(pixels), 1, 1, 1, generator=generator).to(pixels.device) < 0.5
+        mask = sent(torch.rand(len(pixels), 1, 1, 1, generator=generator), pixels.device) < 0.5
 
     def mirror(x: Tensor) -> Tensor:
         return x if mask is None else torch.where(mask, x.flip(3), x)

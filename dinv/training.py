@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.checks import check_settings
-from dinv.compiling import Compiled, compiler_available
+from dinv.compiling import Recorded
 from dinv.data import Dataset, augment
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.models import Classifier, autocast, evaluating, to_float
@@ -75,6 +75,29 @@ def optimizer_for(model: nn.Module, settings: UpdateSettings) -> torch.optim.SGD
     return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
 
 
+class GradientStep:
+    """`step(*inputs)`: what `forward` gives, a loss first; its gradient is left in `model`'s parameters.
+
+    On a card it is recorded, see `Recorded`: outputs and gradients are overwritten by the next call.
+    """
+
+    def __init__(self, forward: Callable[..., tuple[Tensor, ...]], model: nn.Module) -> None:
+        self.forward, self.parameters = forward, [p for p in model.parameters() if p.requires_grad]
+        self._recorded = Recorded(self._run, model)
+
+    def _run(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        outputs = self.forward(*inputs)
+        gradients = torch.autograd.grad(outputs[0], self.parameters, allow_unused=True)
+        return *(output.detach() for output in outputs), *gradients
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        results = self._recorded(*inputs)
+        outputs, gradients = results[: -len(self.parameters)], results[-len(self.parameters) :]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return outputs
+
+
 @dataclass(eq=False)
 class Updates:
     """SGD updates of `model` in rounds, each with a record in `history` and a checkpoint.
@@ -114,12 +137,13 @@ class Updates:
         yield from range(len(self.history), self.rounds)
         self.model.eval()
 
-    def update(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`."""
+    def update(self, loss: Tensor | None = None) -> None:
+        """One step down the gradient of `loss`; without it, down the one that the parameters have."""
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled_lr(self.settings, self.done, self.total)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
         self.optimizer.step()
         self.done += 1
 
@@ -179,17 +203,21 @@ def train(
     if updates == 0:
         raise ValueError(f"batch_size={settings.batch_size} is larger than the {len(dataset)} images")
     loop = Updates(model, settings, settings.epochs * updates, updates, generator, checkpoint)
-    compiled = device.type == "cuda" and compiler_available(device)
-    forward = Compiled(model.forward, model) if compiled else model
+
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(device):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+        return loss, (logits.argmax(1) == labels).sum()
+
+    step = GradientStep(forward, model)
     for epoch in loop:
         total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for images, labels in epoch_batches(dataset, settings, generator, epoch < settings.low_res_epochs):
-            with autocast(device):
-                logits = forward(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-            loop.update(loss)
-            total += loss.detach()
-            correct += (logits.argmax(1) == labels).sum()
+            loss, right = step(images, labels)
+            loop.update()
+            total += loss
+            correct += right
         percent = 100 * float(correct) / (updates * settings.batch_size)
         loop.record(epoch=epoch + 1, loss=float(total) / updates, accuracy=percent)
     return loop.history

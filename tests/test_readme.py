@@ -30,12 +30,18 @@ def test_the_numbers_of_the_readme_are_those_of_the_results_and_profiles():
     cells = rows[(rows.table == "table1") & (rows.column.map(label) == label(same))].set_index("row").value
     for name in ("DeepInversion", "ADI", "teacher"):
         assert f"{float(cells[name]):.1f} %" in WRITTEN, name
+    card = read_rows(repository_root() / "figures" / "gpu")
+    card = card[card.table == "table1"].set_index(["row", "column"]).value
+    for pair in load_profile("gpu").distillation.pairs[:2]:
+        for name in ("DeepInversion", "ADI", "teacher"):
+            assert f"{float(card[name, pair]):.1f} %" in WRITTEN, (name, pair)
     shown = {with_deviation(value, sd) for value, sd in zip(rows.value, rows.sd, strict=True)}
     assert {f"{mean} ± {sd}" for mean, sd in re.findall(r"([-\d.]+) ± ([\d.]*\d)", WRITTEN)} <= shown
-    paper, cpu = load_profile("paper"), load_profile("cpu")
-    for profile in (paper, cpu):
+    paper, gpu, cpu = (load_profile(name) for name in ("paper", "gpu", "cpu"))
+    for profile in (paper, gpu, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates
         for number in (table1.image_count(profile), updates):
             assert f"| {number:,}" in WRITTEN, number
-    steps = sum(steps for steps, _ in cpu.distillation.inversion.stages)
+    steps, on_card = (sum(n for n, _ in each.distillation.inversion.stages) for each in (cpu, gpu))
+    assert f"| {on_card}, nearly half of them" in WRITTEN
     assert f"| {paper.inversion.steps:,}" in WRITTEN and f"| {steps}, two thirds of them" in WRITTEN

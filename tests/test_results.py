@@ -49,6 +49,17 @@ def test_a_table_is_shown_as_a_pivot_and_kept_as_rows():
     )
 
 
+def test_a_table_is_in_the_file_before_the_run_is_over():
+    finished()
+    run = new_run()
+    run.table("own", {"b": {"x": 2.0}})
+    run.table("own", {"a": {"x": 3.0}})  # what an earlier run left there
+    rows = read_rows(run.folder)
+    assert rows[rows.table == "own"].value.tolist() == ["2", "3"] and "claims" in rows.table.tolist()
+    run.finish()
+    assert read_rows(run.folder).value.tolist() == ["2", "3"]
+
+
 @pytest.mark.parametrize("values", [[], [1, float("nan")], float("inf")])
 def test_a_cell_without_a_finite_number_is_refused_by_name(values):
     with pytest.raises(ValueError, match="table1, ADI, A: got .* expected one finite number per seed"):
@@ -178,11 +189,16 @@ def test_the_command_holds_every_changed_setting_and_gives_the_profile_again():
 # ---- README ----------------------------------------------------------------------------------------
 
 
-def test_the_readme_shows_every_chapter_by_its_richest_profile(apart):
+def test_the_readme_shows_every_chapter_by_all_its_profiles_but_smoke(apart):
     readme = apart / "README.md"
     readme.write_text(f"before\n{README_BEGIN}\nstale\n{README_END}\nafter\n")
     assert update_readme(readme, apart / "figures") and "No results yet" in readme.read_text()
-    for chapter, profile, value in (("02_b", "smoke", 1), ("02_b", "cpu", 2), ("03_c", "smoke", 3)):
+    for chapter, profile, value in (
+        ("02_b", "smoke", 1),
+        ("02_b", "cpu", 2),
+        ("02_b", "gpu", 4),
+        ("03_c", "smoke", 3),
+    ):
         finished(chapter, profile, value)
     run = new_run("04_d", "cpu")
     run.table("table1", {"z": {"A|B": [1.0, 2.0]}, "a": {"A|B": 3.0}})
@@ -191,7 +207,7 @@ def test_the_readme_shows_every_chapter_by_its_richest_profile(apart):
     text = readme.read_text()
     assert text.startswith(f"before\n{README_BEGIN}\n**02_b**") and text.endswith(f"\n{README_END}\nafter\n")
     claims = [line for line in text.splitlines() if line.startswith("| it rises")]
-    assert claims == [f"| it rises | ≥ 0 | {n}.000 ± 0.000 | 3 | yes |" for n in (2, 3)]
+    assert claims == [f"| it rises | ≥ 0 | {n}.000 ± 0.000 | 3 | yes |" for n in (4, 2, 3)]
     assert "| method | A\\|B |\n| --- | --- |\n| z | 1.50 ± 0.71 |\n| a | 3 |" in text and "stale" not in text
 
 

@@ -135,15 +135,22 @@ def augment(images: Tensor, generator: torch.Generator, pad: int = 4, flip: bool
     if not 0 <= pad < min(height, width):
         raise ValueError(f"pad must be at least 0 and below the image's sides {height} x {width}, not {pad}")
     draw = {"generator": generator, "device": generator.device}
-    shift = torch.randint(-pad, pad + 1, (2, n, 1), **draw).to(images.device)
+    shift = sent(torch.randint(-pad, pad + 1, (2, n, 1), **draw), images.device)
     rows = _reflect(torch.arange(height, device=images.device) + shift[0], height)
     columns = _reflect(torch.arange(width, device=images.device) + shift[1], width)
     if flip:
-        mirrored = torch.randint(2, (n, 1), **draw).to(images.device)
+        mirrored = sent(torch.randint(2, (n, 1), **draw), images.device)
         columns = torch.where(mirrored == 1, columns.flip(1), columns)
     pixels = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, height * width)
     flat = images.reshape(n, channels, height * width)
     return flat.gather(2, pixels.expand_as(flat)).view(images.shape)
+
+
+def sent(draws: Tensor, device: torch.device) -> Tensor:
+    """`draws` on `device`; a card takes them from pinned memory, so that nobody waits for it."""
+    if device.type == "cuda" and not draws.is_cuda:
+        draws = draws.pin_memory()
+    return draws.to(device, non_blocking=True)
 
 
 def to_rgb(dataset: Dataset, size: int = 32) -> Dataset:

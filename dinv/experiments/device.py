@@ -43,10 +43,16 @@ def pick(profile: str) -> str:
 
 
 def begin(profile: str) -> str:
-    """As `pick`; `current` keeps to this profile."""
+    """As `pick`; `current` keeps to this profile. On a card equal calls give equal bytes from now on."""
     global _profile
-    _profile = profile
-    return pick(profile)
+    _profile, kind = profile, pick(profile)
+    if kind == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the card is first used
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32; networks learn in bfloat16
+    return kind
 
 
 def current() -> str:

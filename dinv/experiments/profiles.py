@@ -211,15 +211,20 @@ PAPER = Profile(
 
 GPU = replace(
     PAPER, name="gpu", images=2560, imagenet=Imagenet(transfer_images=0, seeds=1),
-    teacher_training=TrainingSettings(epochs=60), verifier_training=TrainingSettings(epochs=60),
-    inversion=InversionSettings(steps=1000, schedule="cosine", flip=False, compile="always"),
-    octaves=Octaves(inversion=replace(Octaves.inversion, steps=1000, compile="always")),
+    teacher_training=TrainingSettings(epochs=30, batch_size=512, lr=0.4),
+    verifier_training=TrainingSettings(epochs=30, batch_size=512, lr=0.4),
+    inversion=InversionSettings(steps=1000, schedule="cosine", flip=False), alpha_f=1.0,
+    octaves=Octaves(inversion=replace(Octaves.inversion, steps=1000)),
     sweep=Sweep(images=1024, without_batchnorm=1024),
     distillation=Distillation(
-        start_images=2560, settings=DistillationSettings(rounds=90, updates=200), eval_every=5,
-        inversion=InversionSettings(schedule="cosine", flip=False, stages=((1000, 32),), compile="always")),
+        start_images=3840, settings=DistillationSettings(rounds=10, updates=150, mixup=True, compile="never"),
+        inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="never",
+                                    stages=((50, 8), (50, 16), (120, 32))),  # as on cpu
+        tv=0.03, alpha_c=1.0, eval_every=1),
     generator=Generator(
-        distillation=DistillationSettings(rounds=400, updates=50), warmup=40, eval_every=10, pixel_batches=8),
+        settings=GeneratorSettings(steps=5, width=64, flip=False, compile="never"),
+        distillation=DistillationSettings(rounds=100, updates=20, compile="never"),
+        warmup=20, eval_every=5, pixel_batches=8),
     pruning=Pruning(
         images=2048, settings=PruningSettings(step=0.02),
         distillation=replace(Pruning.distillation, updates=2000)),

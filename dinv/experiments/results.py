@@ -114,13 +114,14 @@ class Run:
     def table(self, name: str, cells: Mapping[str, Mapping[str, Any]], metric: str = "") -> pd.DataFrame:
         """Record {row: {column: a number, or one per seed}} and return it as text, "59.5 ± 2.0".
 
-        The same cell again replaces.
+        It is in results.csv at once, whatever becomes of the run. The same cell again replaces.
         """
         shown, counts = {row: {} for row in cells}, set()
         for row, column in [(row, column) for row, entries in cells.items() for column in entries]:
             entry = self._record(name, row, column, metric, cells[row][column])
             shown[row][column] = with_deviation(entry["value"], entry["sd"])
             counts.add(int(entry["n"]))
+        self._write(self._frame())
         frame = pd.DataFrame.from_dict(shown, orient="index").fillna("")
         seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         return frame.rename_axis(columns=f"{metric} (n = {seeds})".strip())
@@ -164,17 +165,27 @@ class Run:
         return pd.DataFrame(self._rows.values(), columns=COLUMNS.split(","))
 
     def finish(self) -> None:
-        """Write `results.csv` and `provenance.json`, in place of this chapter's earlier entries.
+        """Write `results.csv` and `provenance.json` without what earlier runs of this chapter left there."""
+        self._write(self._frame(), earlier=False)
+
+    def _write(self, mine: pd.DataFrame, earlier: bool = True) -> None:
+        """Put `mine` into results.csv, in place of the same cells or, not `earlier`, of the whole chapter.
 
         `seconds` is what the chapter takes with nothing cached. The ledger of its stages goes to
         `<cache root>/chapters/<profile>-<chapter>.json`.
         """
-        stages = cache.ledger[self._stages :]
+        stages, cell = cache.ledger[self._stages :], ["table", "row", "column", "metric"]
         spent = time.monotonic() - self._began + sum(entry["seconds"] for entry in stages if entry["cached"])
         entry = provenance(self.chapter, self.profile) | {"seconds": round(spent, 1)}
         with locked(self.folder, str(self.folder)):
             rows = read_rows(self.folder)
-            rows = pd.concat([rows[rows.chapter != self.chapter], self._frame()])
+            old = rows[(rows.chapter == self.chapter) & earlier]
+            old = (
+                old[~old[cell].apply(tuple, axis=1).isin(mine[cell].apply(tuple, axis=1))]
+                if len(old)
+                else old
+            )
+            rows = pd.concat([rows[rows.chapter != self.chapter], old, mine])
             rows = rows.sort_values("chapter", kind="stable")
             chapters = read_provenance(self.folder) | {self.chapter: entry}
             write_text(self.folder / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
@@ -285,12 +296,14 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def readme_results(figures: Path) -> str:
-    """Table 1 and the claims, of every chapter by the profile nearest to the paper's that has it."""
-    chapters, parts = {}, []
-    for profile in reversed(RICHEST_FIRST):
+    """Table 1 and the claims, of every chapter by all profiles that have it; smoke's where no other has."""
+    runs: dict[str, list] = {}
+    for profile in RICHEST_FIRST:
         for chapter, rows in read_rows(figures / profile).groupby("chapter"):
-            chapters[chapter] = profile, rows
-    for chapter, (profile, rows) in sorted(chapters.items()):
+            if profile != "smoke" or chapter not in runs:
+                runs.setdefault(chapter, []).append((profile, rows))
+    parts = []
+    for chapter, profile, rows in ((name, *run) for name in sorted(runs) for run in runs[name]):
         table1 = rows[(rows.table == "table1") & rows.chapter.str.startswith("04")]
         cells = table1.assign(ours=_ours(table1)).pivot(index="row", columns="column", values="ours")
         frames = [cells.reindex(table1.row.unique()).fillna("").rename_axis("method"), claims_table(rows)]
