@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from dinv.checks import check_settings
 from dinv.data import Dataset, augment
+from dinv.data.dataset import sent
 from dinv.files import NO_CHECKPOINT, NoCheckpoint
-from dinv.models import Classifier, autocast, inputs_of, to_float
-from dinv.training import Updates, UpdateSettings, predict
+from dinv.models import Classifier, inputs_of, to_float
+from dinv.precision import autocast, choose
+from dinv.training import GradientStep, Updates, UpdateSettings, predict
 
 RECORD_EVERY = 20  # updates
 
@@ -153,23 +155,23 @@ def learn(
     old = copy.deepcopy(old).freeze().to(memory_format=torch.channels_last)
     network.requires_grad_(True)
     generator, device = torch.Generator().manual_seed(seed), network.mean.device
+    precision = choose(settings.precision, device, network)
     share = round(settings.batch_size * len(old.classes) / len(network.classes)) if images is not None else 0
 
     def draw(data: Tensor, targets: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
-        chosen = torch.randint(len(data), (count,), generator=generator)
-        batch = data[chosen.to(data.device)].to(device)
-        batch = to_float(augment(batch, generator, pad=settings.pad, flip=settings.flip), device)
-        return batch, targets[chosen.to(targets.device)].to(device) if targets is not None else None
+        chosen = sent(torch.randint(len(data), (count,), generator=generator), device)
+        batch = to_float(augment(data[chosen], generator, pad=settings.pad, flip=settings.flip), device)
+        return batch, targets[chosen] if targets is not None else None
 
-    def weighted_terms(batch: Tensor, new_labels: Tensor, old_labels: Tensor | None) -> dict[str, Tensor]:
+    def weighted_terms(batch: Tensor, new_labels: Tensor, *old_labels: Tensor) -> dict[str, Tensor]:
         head, terms = classifier_head(network)[1], {}
-        with autocast(device):
+        with autocast(device, precision):
             with torch.no_grad(), inputs_of(classifier_head(old)[1]) as old_features:
                 old_logits = old(batch)
             with inputs_of(head) as features:
                 logits = network(batch)
-        if old_labels is not None:
-            terms["new"] = F.cross_entropy(logits.float(), torch.cat([old_labels, new_labels]))
+        if old_labels:
+            terms["new"] = F.cross_entropy(logits.float(), torch.cat([*old_labels, new_labels]))
         else:
             if share:
                 terms["old"] = loss_on_old(logits[:share], old_logits[:share])
@@ -184,21 +186,30 @@ def learn(
             terms["features"] = settings.alpha_features * (one - other).square().mean() / one.square().mean()
         return terms
 
+    names: list[str] = []  # of the terms: the same in every update
+
+    def forward(*batch: Tensor) -> tuple[Tensor, ...]:
+        terms = weighted_terms(*batch)
+        names[:] = terms
+        return sum(terms.values()), *terms.values()
+
+    new = new.to(device)
+    images, labels = (x if x is None else x.to(device) for x in (images, labels))
+    step = GradientStep(forward, network)
     loop = Updates(network, settings, settings.updates, RECORD_EVERY, generator, checkpoint)
     for number in loop:
         last, values = min((number + 1) * RECORD_EVERY, settings.updates), []
         for _ in range(number * RECORD_EVERY, last):
             batch, new_labels = draw(new.images, new.labels, settings.batch_size - share)
-            old_labels = None
+            targets = [new_labels]
             if share:  # images of old classes come first
                 old_batch, old_labels = draw(images, labels, share)
                 batch = torch.cat([old_batch, batch])
-            batch = batch.contiguous(memory_format=torch.channels_last)
-            terms = weighted_terms(batch, new_labels, old_labels)
-            loop.update(sum(terms.values()))
-            values.append({name: term.detach() for name, term in terms.items()})
-        means = {name: torch.stack([terms[name] for terms in values]).mean().item() for name in values[0]}
-        loop.record(update=last, **means)
+                targets += [] if old_labels is None else [old_labels]
+            _, *terms = step(batch.contiguous(memory_format=torch.channels_last), *targets)
+            values.append(torch.stack(terms))
+            loop.update()
+        loop.record(update=last, **dict(zip(names, torch.stack(values).mean(0).tolist(), strict=True)))
     return loop.history
 
 

@@ -24,9 +24,10 @@ from dinv.data import augment
 from dinv.data.dataset import sent
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.inversion import InversionSettings, Inverter, balanced_labels
-from dinv.models import Classifier, autocast, evaluating
+from dinv.models import Classifier, evaluating
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
+from dinv.precision import autocast, choose
 from dinv.training import GradientStep, Updates, UpdateSettings, predict
 
 
@@ -164,11 +165,19 @@ class DistillStep:
     """
 
     def __init__(
-        self, teacher: Classifier, student: Classifier, temperature: float = 3.0, compile: str = "always"
+        self,
+        teacher: Classifier,
+        student: Classifier,
+        temperature: float = 3.0,
+        compile: str = "always",
+        precision: str = "auto",
     ) -> None:
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.student = copy.deepcopy(student).requires_grad_(True).to(memory_format=torch.channels_last)
-        self.temperature = temperature
+        self.temperature, self.precision = (
+            temperature,
+            choose(precision, teacher.mean.device, teacher, student),
+        )
         compiled = compile == "always" and compiler_available(teacher.mean.device)
         self._compiled = Compiled(self._forward, self.student, compiled)
         self._step = GradientStep(self._compiled, self.student)
@@ -187,7 +196,7 @@ class DistillStep:
         return self._step(images)
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(images.device):
+        with autocast(images.device, self.precision):
             with torch.no_grad():
                 teacher_logits = self.teacher(images)
             student_logits = self.student(images)
@@ -267,7 +276,7 @@ def distill(
     settings = settings or DistillationSettings()
     source = source if isinstance(source, Source) else FixedImages(source)
     _require_fitting(teacher, student, source.start)
-    step = step or DistillStep(teacher, student, settings.temperature, settings.compile)
+    step = step or DistillStep(teacher, student, settings.temperature, settings.compile, settings.precision)
     if step.temperature != settings.temperature:
         raise ValueError(f"a step of temperature {step.temperature} for {settings.temperature}: make another")
     step.begin(teacher, student)

@@ -104,8 +104,13 @@ def _plain(value, where: str):
     if isinstance(value, nn.Module):
         return [name, getattr(value, "name", ""), repr(value), _plain(dict(value.state_dict()), where)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field.name for field in dataclasses.fields(value) if field.compare]
-        return [name, _plain({field: getattr(value, field) for field in fields}, where)]
+        fields = {
+            field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare
+        }
+        for field in dataclasses.fields(value):  # a setting that came later keeps the digests there were
+            if field.metadata.get("silent") and fields[field.name] == field.default:
+                del fields[field.name]
+        return [name, _plain(fields, where)]
     raise TypeError(
         f"{where or 'the value'} is a {name} ({value!r:.60}), expected None, bool, int, finite float, str, "
         "lists and dicts (keys: str) of them; a digest takes also tensors, networks and dataclasses"

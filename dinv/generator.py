@@ -26,6 +26,7 @@ from dinv.inversion import Inversion, Progress, balanced_labels, check_labels
 from dinv.models import Classifier
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import Pool, batch_seed, to_uint8
+from dinv.precision import CHOICES, autocast, setting
 from dinv.step import Step, jittered, require_finite
 
 
@@ -35,7 +36,8 @@ class GeneratorSettings:
 
     `lr` is that of the weights, `latent_lr` of the latent vectors, which are learnt as well. There are
     `width` channels at full resolution, twice as many before. By `meta_lr` the starting point moves towards
-    where a batch ended: 0 starts every batch afresh, 1 simply goes on. `compile` is "always" or "never".
+    where a batch ended: 0 starts every batch afresh, 1 simply goes on. `compile` is "always" or "never";
+    `precision` is that of `precision.choose`.
     """
 
     steps: int = 5
@@ -48,10 +50,11 @@ class GeneratorSettings:
     jitter: int = 2
     flip: bool = True
     compile: str = "always"
+    precision: str = setting()
 
     def __post_init__(self) -> None:
         positive = ("steps", "lr", "latent_lr", "latent_dim", "width")
-        check_settings(self, positive, compile=("always", "never"))
+        check_settings(self, positive, compile=("always", "never"), precision=CHOICES)
         if self.meta_lr > 1:
             raise ValueError(f"meta_lr={self.meta_lr} must lie in 0 to 1")
 
@@ -116,8 +119,12 @@ class GeneratorInverter:
         self.teacher, self.settings = teacher, settings or GeneratorSettings()
         self.network = create_generator(teacher, self.settings, seed)
         compiled = self.settings.compile == "always" and compiler_available(teacher.mean.device)
-        self.step = Step(teacher, objective, compiled)
-        self._forward = Compiled(self.network.forward, self.network, compiled)
+        self.step = Step(teacher, objective, compiled, self.settings.precision)
+        self._forward = Compiled(self._images, self.network, compiled)
+
+    def _images(self, latent: Tensor, labels: Tensor) -> Tensor:
+        with autocast(latent.device, self.step.precision):
+            return self.network(latent, labels).float()
 
     @property
     def compile_seconds(self) -> float:

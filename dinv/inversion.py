@@ -24,6 +24,7 @@ from dinv.checks import check_settings
 from dinv.compiling import compiler_available, compiling_pays
 from dinv.models.classifier import Classifier
 from dinv.objectives import Objective, Term
+from dinv.precision import CHOICES, setting
 from dinv.pyramid import PyramidAdam
 from dinv.step import Step, jittered, require_finite
 
@@ -44,6 +45,7 @@ class InversionSettings:
             not used. Between stages the images are resized, and Adam and the schedule start anew.
         keep: "best", the images of the smallest objective so far, or "last".
         compile: "auto" compiles where it pays (see `compiling_pays`), "always" or "never".
+        precision: what networks compute in, see `precision.choose`.
     """
 
     steps: int = 2000
@@ -57,9 +59,10 @@ class InversionSettings:
     stages: tuple[tuple[int, int], ...] = ()
     keep: str = "best"
     compile: str = "auto"
+    precision: str = setting()
 
     def __post_init__(self) -> None:
-        choices = {"schedule": ("constant", "cosine"), "keep": ("best", "last")}
+        choices = {"schedule": ("constant", "cosine"), "keep": ("best", "last"), "precision": CHOICES}
         check_settings(self, ("steps", "lr", "octaves"), **choices, compile=("auto", "always", "never"))
         if any(steps < 1 or size < 1 for steps, size in self.stages):
             raise ValueError(f"stages {self.stages} must be pairs of positive steps and size")
@@ -127,7 +130,7 @@ class Inverter:
                 reads = bool(self.objective.bind(self.teacher).layers())
                 compiled = compiling_pays(self.teacher, plan, images, reads)
             compiled = compiled and compiler_available(self.teacher.mean.device)
-            self._step = Step(self.teacher, self.objective, compiled)
+            self._step = Step(self.teacher, self.objective, compiled, self.settings.precision)
         return self._step
 
     def __call__(

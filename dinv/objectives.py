@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dinv.feature_statistics import DISTANCES, Statistics, at_least_float32, batchnorm_statistics, moments
 from dinv.files import sha256_text
-from dinv.models.classifier import Classifier, autocast
+from dinv.models.classifier import Classifier
+from dinv.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class View:
         labels: (N,) int64.
         logits, features: the teacher's (N, K), and its tensors by layer name (`feature_statistics.recorded`).
         images: the same pixels in [0, 1], for networks with a normalisation of their own.
+        precision: what networks compute in, "float32" or "bfloat16".
     """
 
     pixels: Tensor
@@ -34,6 +36,7 @@ class View:
     logits: Tensor
     features: Mapping[str, Tensor] = field(default_factory=dict)
     images: Tensor | None = None
+    precision: str = "float32"
 
 
 class Term:
@@ -217,7 +220,7 @@ class Competition(Term):
         return Competition(student.to(memory_format=torch.channels_last), self.agreeing)
 
     def __call__(self, view: View) -> Tensor:
-        with autocast(view.pixels.device):
+        with autocast(view.pixels.device, view.precision):
             logits = self.student(view.images)
         divergences = jensen_shannon(view.logits, logits)
         if self.agreeing:

@@ -77,7 +77,7 @@ class PyramidAdam:
 def interpolation(small: int, size: int) -> Tensor:
     """(size, small): linear interpolation of `small` samples to `size`; the identity where they are equal.
 
-    A matrix, so that the gradient's way back is its transpose: exact, and in one order on every device.
+    A matrix, so that the gradient's way back is its transpose, exactly.
     """
     columns = F.interpolate(torch.eye(small)[None], size=size, mode="linear", align_corners=False)
     return columns[0].T.contiguous()

@@ -12,8 +12,9 @@ from torch import Tensor
 from dinv.compiling import Compiled, Recorded
 from dinv.data.dataset import sent
 from dinv.feature_statistics import register_hooks
-from dinv.models.classifier import Classifier, autocast
+from dinv.models.classifier import Classifier
 from dinv.objectives import Competition, Objective, Term, View
+from dinv.precision import autocast, choose
 
 
 class NotFinite(FloatingPointError):
@@ -27,7 +28,9 @@ class Step:
     them up to date, so that one compiled step serves networks that are trained further.
     """
 
-    def __init__(self, teacher: Classifier, objective: Objective | Term, compiled: bool) -> None:
+    def __init__(
+        self, teacher: Classifier, objective: Objective | Term, compiled: bool, precision: str = "auto"
+    ) -> None:
         objective = 1.0 * objective
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.objective = objective.bind(self.teacher)
@@ -38,6 +41,7 @@ class Step:
         pairs = zip((term for _, term in self.objective.parts), terms, strict=True)
         students = [(own.student, term.student) for own, term in pairs if isinstance(own, Competition)]
         self._copies = [(self.teacher, teacher), *students]
+        self.precision = choose(precision, teacher.mean.device, *(own for own, _ in self._copies))
         self._terms = Compiled(self._forward, self.teacher, compiled)
         self._recorded = Recorded(self._descent, self.teacher)
 
@@ -69,10 +73,10 @@ class Step:
         return terms @ weights, terms
 
     def _view(self, pixels: Tensor, labels: Tensor) -> View:
-        with autocast(pixels.device):
+        with autocast(pixels.device, self.precision):
             logits = self.teacher.net(pixels)
         images = pixels * self.teacher.std + self.teacher.mean
-        return View(pixels, labels, logits, self.features, images)
+        return View(pixels, labels, logits, self.features, images, self.precision)
 
     def __call__(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The unweighted terms at `pixels`, and the gradient of their sum under `weights`.

@@ -15,7 +15,8 @@ from dinv.checks import check_settings
 from dinv.compiling import Recorded
 from dinv.data import Dataset, augment
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
-from dinv.models import Classifier, autocast, evaluating, to_float
+from dinv.models import Classifier, evaluating, to_float
+from dinv.precision import CHOICES, autocast, choose, setting
 
 SCHEDULES = ("linear", "steps")
 
@@ -24,7 +25,8 @@ SCHEDULES = ("linear", "steps")
 class UpdateSettings:
     """SGD with `batch_size` images per update; `lr` is the peak of `scheduled_lr`.
 
-    Random crops move by up to `pad` pixels; `flip` mirrors half of the images.
+    Random crops move by up to `pad` pixels; `flip` mirrors half of the images. `precision` is that of
+    `precision.choose`.
     """
 
     batch_size: int = 256
@@ -34,9 +36,10 @@ class UpdateSettings:
     warmup: float = 0.15
     pad: int = 4
     flip: bool = True
+    precision: str = setting()
 
     def __post_init__(self) -> None:
-        check_settings(self, ("batch_size", "lr"), schedule=SCHEDULES)
+        check_settings(self, ("batch_size", "lr"), schedule=SCHEDULES, precision=CHOICES)
 
 
 @dataclass(frozen=True)
@@ -203,9 +206,10 @@ def train(
     if updates == 0:
         raise ValueError(f"batch_size={settings.batch_size} is larger than the {len(dataset)} images")
     loop = Updates(model, settings, settings.epochs * updates, updates, generator, checkpoint)
+    precision = choose(settings.precision, device, model)
 
     def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(device):
+        with autocast(device, precision):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
         return loss, (logits.argmax(1) == labels).sum()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dinv.models import autocast
+from dinv.precision import choose
 
 CHOICES = ("auto", "cpu", "cuda")
 NEED_CUDA = ("gpu", "paper")  # profiles that would take a CPU weeks
@@ -77,11 +77,8 @@ def device_name() -> str:
 
 
 def precision() -> str:
-    """What networks compute in there: "bfloat16" where `models.autocast` makes it so, else "float32"."""
-    kind = current()
-    with autocast(torch.device(kind)):
-        enabled = torch.is_autocast_enabled(kind)
-        return str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if enabled else "float32"
+    """What networks compute in there unless their structure or a setting says otherwise."""
+    return choose("auto", device())
 
 
 def reason() -> str:

@@ -224,7 +224,7 @@ GPU = replace(
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=64, flip=False, compile="never"),
         distillation=DistillationSettings(rounds=100, updates=20, compile="never"),
-        warmup=20, eval_every=5, pixel_batches=8),
+        warmup=20, eval_every=5, pixel_batches=5),
     pruning=Pruning(
         images=2048, settings=PruningSettings(step=0.02),
         distillation=replace(Pruning.distillation, updates=2000)),

@@ -246,7 +246,7 @@ def provenance(chapter: str, profile: Profile) -> dict[str, Any]:
     described |= {"versions": versions | {"python": sys.version.split()[0]}, "device": device.device_name()}
     described |= {"threads": torch.get_num_threads(), "precision": device.precision()}
     described |= {"peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10))}
-    return described | {"peak_cuda_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20)}
+    return described | {"peak_cuda_memory_mb": round(torch.cuda.max_memory_reserved() / 2**20)}
 
 
 def read_rows(folder: Path) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from dinv.models.classifier import (
     Classifier,
-    autocast,
     evaluating,
     inputs_of,
     parameter_count,
@@ -21,7 +20,7 @@ from dinv.models.zoo import (
 )
 
 __all__ = [
-    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "WeightsUnavailable", "autocast",
+    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "WeightsUnavailable",
     "create_model", "evaluating", "inputs_of", "load_model", "load_weights", "parameter_count", "resized",
     "shipped_models", "to_float",
 ]  # fmt: skip

@@ -83,11 +83,6 @@ def inputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on CUDA, where it pays; float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode while open; afterwards each module has its own mode back, frozen BatchNorm layers too."""
