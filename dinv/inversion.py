@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dinv.checks import check_settings
 from dinv.compiling import compiler_available, compiling_pays
+from dinv.group import Group, averaged, gathered, share
 from dinv.models.classifier import Classifier
 from dinv.objectives import Objective, Term
 from dinv.precision import CHOICES, setting
@@ -112,9 +113,13 @@ class Inverter:
     """
 
     def __init__(
-        self, teacher: Classifier, objective: Objective | Term, settings: InversionSettings | None = None
+        self,
+        teacher: Classifier,
+        objective: Objective | Term,
+        settings: InversionSettings | None = None,
+        group: Group | None = None,
     ) -> None:
-        self.teacher, self.objective = teacher, 1.0 * objective
+        self.teacher, self.objective, self.group = teacher, 1.0 * objective, group
         self.settings = settings or InversionSettings()
         self._step: Step | None = None
 
@@ -129,8 +134,9 @@ class Inverter:
                 plan = self.settings.plan(self.teacher.size)
                 reads = bool(self.objective.bind(self.teacher).layers())
                 compiled = compiling_pays(self.teacher, plan, images, reads)
-            compiled = compiled and compiler_available(self.teacher.mean.device)
-            self._step = Step(self.teacher, self.objective, compiled, self.settings.precision)
+            compiled = compiled and self.group is None and compiler_available(self.teacher.mean.device)
+            options = {"precision": self.settings.precision, "group": self.group}
+            self._step = Step(self.teacher, self.objective, compiled, **options)
         return self._step
 
     def __call__(
@@ -164,8 +170,13 @@ class Inverter:
         def to_images(pixels: Tensor) -> Tensor:
             return (pixels * teacher.std + teacher.mean).clamp(0, 1).contiguous()
 
+        def whole() -> Tensor:
+            return gathered(to_images(pixels), self.group)
+
         noise = torch.randn((len(labels), teacher.channels, plan[0][1], plan[0][1]), generator=generator)
-        pixels = noise.to(device).contiguous(memory_format=torch.channels_last).clamp_(low, high)
+        own, every_label = share(len(labels), self.group), labels
+        labels, pixels = labels[own], noise[own].to(device)
+        pixels = pixels.contiguous(memory_format=torch.channels_last).clamp_(low, high)
         history = torch.zeros(total, len(step.names) + 1, device=device)  # the terms, the gradient's sum
         finite = torch.ones((), dtype=torch.bool, device=device)
         copies: dict[int, Tensor] = {}
@@ -179,13 +190,15 @@ class Inverter:
             suspect = pixels
             for index in range(steps):
                 if done in snapshots:
-                    copies[done] = to_images(pixels)
-                moved, restore = jittered(pixels, settings, generator)
+                    copies[done] = whole()
+                moved, restore = jittered(pixels, settings, generator, self.group)
                 terms, gradient = step(moved, labels, weights)
                 value = terms @ weights
                 best_pixels = torch.where(value < best, pixels, best_pixels)
                 best = torch.minimum(value, best)
                 history[done, :-1], history[done, -1] = terms, gradient.sum()
+                if self.group is not None:  # all ranks stop where one must
+                    history[done, -1] = averaged(history[done, -1], self.group)
                 suspect = torch.where(finite, moved, suspect)  # stays where the gradient first was not finite
                 finite = finite & history[done, -1].isfinite()
                 adam.step(restore(gradient), _lr(settings, index, steps))
@@ -200,12 +213,12 @@ class Inverter:
             if settings.keep == "best":
                 pixels = best_pixels.contiguous(memory_format=torch.channels_last)
         if total in snapshots:
-            copies[total] = to_images(pixels)
+            copies[total] = whole()
         losses = {name: history[:, i].tolist() for i, name in enumerate(step.names)}
         losses["objective"] = (history[:, :-1] @ weights).tolist()
-        images, compile_seconds = to_images(pixels), step.compile_seconds - compiled_before
+        images, compile_seconds = whole(), step.compile_seconds - compiled_before
         seconds = time.perf_counter() - began
-        return Inversion(images, labels, losses, copies, seconds, compile_seconds, step.compiled)
+        return Inversion(images, every_label, losses, copies, seconds, compile_seconds, step.compiled)
 
 
 def invert(
@@ -218,6 +231,7 @@ def invert(
     snapshots: Sequence[int] = (),
     callback: Callable[[Progress], None] | None = None,
     every: int = 50,
+    group: Group | None = None,
 ) -> Inversion:
     """Synthesise one batch of images that `teacher` takes for `labels`, from noise.
 
@@ -228,14 +242,16 @@ def invert(
         seed: fixes noise, jitter and flips; the same seed on the same machine gives the same bytes.
         snapshots: steps before which the images are copied (0 is the noise).
         callback: called after every `every` steps and after the last.
+        group: processes that share the batch, see `dinv.group`; each calls with the same arguments and gets
+            the whole batch, the images of a single process up to rounding. A callback's images are its share.
 
     Raises:
         ValueError: labels empty, of a wrong type, or out of the teacher's range; objective all zero;
-            a snapshot at a step that is not made.
+            a snapshot at a step that is not made; a batch that the processes do not divide.
         NoBatchNorm: feature statistics of a network that keeps none.
         NotFinite: names the term that became NaN or infinite, itself or its gradient, and the step.
     """
-    inverter = Inverter(teacher, objective, settings)
+    inverter = Inverter(teacher, objective, settings, group)
     return inverter(labels, seed=seed, snapshots=snapshots, callback=callback, every=every)
 
 

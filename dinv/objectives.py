@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinv.feature_statistics import DISTANCES, Statistics, at_least_float32, batchnorm_statistics, moments
 from dinv.files import sha256_text
+from dinv.group import Group, moments_of_all
 from dinv.models.classifier import Classifier
 from dinv.precision import autocast
 
@@ -29,6 +30,7 @@ class View:
         logits, features: the teacher's (N, K), and its tensors by layer name (`feature_statistics.recorded`).
         images: the same pixels in [0, 1], for networks with a normalisation of their own.
         precision: what networks compute in, "float32" or "bfloat16".
+        group: the processes that share the batch, of which this is one's part; None: this is all of it.
     """
 
     pixels: Tensor
@@ -37,6 +39,7 @@ class View:
     features: Mapping[str, Tensor] = field(default_factory=dict)
     images: Tensor | None = None
     precision: str = "float32"
+    group: Group | None = None
 
 
 class Term:
@@ -186,12 +189,13 @@ class FeatureStatistics(Term):
     def __call__(self, view: View) -> Tensor:
         if self.statistics is None:
             raise ValueError("FeatureStatistics must be bound to a teacher first: term.bind(teacher)")
-        total = view.pixels.new_zeros(())
-        for index, name in enumerate(self.statistics.layers):
-            mean0 = at_least_float32(self.statistics.means[index])
-            variance0 = at_least_float32(self.statistics.variances[index])
-            mean, variance = moments(view.features[name], shift=mean0)
-            part = DISTANCES[self.distance](mean, variance, mean0, variance0)
+        total, known = view.pixels.new_zeros(()), self.statistics
+        means, variances = ([at_least_float32(x) for x in xs] for xs in (known.means, known.variances))
+        pairs = [moments(view.features[x], shift=mean) for x, mean in zip(known.layers, means, strict=True)]
+        if view.group is not None:
+            pairs = moments_of_all(pairs, means, view.group)
+        for index, four in enumerate(zip(*zip(*pairs, strict=True), means, variances, strict=True)):
+            part = DISTANCES[self.distance](*four)
             total = total + (self.first * part if index == 0 else part)
         return total
 

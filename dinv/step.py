@@ -12,6 +12,7 @@ from torch import Tensor
 from dinv.compiling import Compiled, Recorded
 from dinv.data.dataset import sent
 from dinv.feature_statistics import register_hooks
+from dinv.group import Group, averaged, share
 from dinv.models.classifier import Classifier
 from dinv.objectives import Competition, Objective, Term, View
 from dinv.precision import autocast, choose
@@ -29,7 +30,12 @@ class Step:
     """
 
     def __init__(
-        self, teacher: Classifier, objective: Objective | Term, compiled: bool, precision: str = "auto"
+        self,
+        teacher: Classifier,
+        objective: Objective | Term,
+        compiled: bool,
+        precision: str = "auto",
+        group: Group | None = None,
     ) -> None:
         objective = 1.0 * objective
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
@@ -43,7 +49,8 @@ class Step:
         self._copies = [(self.teacher, teacher), *students]
         self.precision = choose(precision, teacher.mean.device, *(own for own, _ in self._copies))
         self._terms = Compiled(self._forward, self.teacher, compiled)
-        self._recorded = Recorded(self._descent, self.teacher)
+        self._recorded, self.group = Recorded(self._descent, self.teacher), group
+        self._recorded.on = group is None
 
     @property
     def compiled(self) -> bool:
@@ -76,7 +83,7 @@ class Step:
         with autocast(pixels.device, self.precision):
             logits = self.teacher.net(pixels)
         images = pixels * self.teacher.std + self.teacher.mean
-        return View(pixels, labels, logits, self.features, images, self.precision)
+        return View(pixels, labels, logits, self.features, images, self.precision, self.group)
 
     def __call__(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The unweighted terms at `pixels`, and the gradient of their sum under `weights`.
@@ -89,11 +96,14 @@ class Step:
         pixels = pixels.detach().requires_grad_(True)
         total, terms = self._terms(pixels, labels, weights)
         (gradient,) = torch.autograd.grad(total, pixels)
+        if self.group is not None:  # each rank's total counts its own images in full, and statistics once
+            return averaged(terms.detach(), self.group), gradient / self.group.size()
         return terms.detach(), gradient
 
     def find_nonfinite_term(self, pixels: Tensor, labels: Tensor) -> str:
         """The first term whose gradient at `pixels` is not finite, or "the objective" itself."""
-        for name, (_, term) in zip(self.names, self.objective.parts, strict=True):
+        parts = zip(self.names, self.objective.parts, strict=True)
+        for name, (_, term) in parts if self.group is None else ():  # no rank may search further than others
             point = pixels.detach().requires_grad_(True)
             value = term(self._view(point, labels))
             (gradient,) = torch.autograd.grad(value, point, materialize_grads=True)
@@ -113,7 +123,7 @@ def _load(copies: list[tuple[Classifier, Classifier]]) -> None:
 
 
 def jittered(
-    pixels: Tensor, settings: Any, generator: torch.Generator
+    pixels: Tensor, settings: Any, generator: torch.Generator, group: Group | None = None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Roll the batch and flip some images; also the way back for the gradient.
 
@@ -124,7 +134,9 @@ def jittered(
     down, right = (torch.randint(span, (2,), generator=generator) - settings.jitter).tolist()
     mask = None
     if settings.flip:
-        mask = sent(torch.rand(len(pixels), 1, 1, 1, generator=generator), pixels.device) < 0.5
+        count = len(pixels) * (group.size() if group else 1)  # drawn for all, as by a single process
+        drawn = torch.rand(count, 1, 1, 1, generator=generator)[share(count, group)]
+        mask = sent(drawn, pixels.device) < 0.5
 
     def mirror(x: Tensor) -> Tensor:
         return x if mask is None else torch.where(mask, x.flip(3), x)
