@@ -80,8 +80,8 @@ def image_grids(grids, columns: int, notes: Sequence[str] = (), across: int = 0)
     figure, axes = _panels(len(pairs), across, height + 0.25)
     for axis, (name, _), canvas, note in itertools.zip_longest(axes, pairs, canvases, notes, fillvalue=""):
         axis.imshow(canvas, interpolation="nearest")
-        lines = [re.sub(r" (?=[\d%])", "\u00a0", text) for text in (label(name), note) if text]
-        lines = [textwrap.fill(line, 80 // across) for line in lines]
+        lines = [re.sub(r" (?=[\d%])", "\u00a0", line) for line in (label(name), *note.splitlines())]
+        lines = [textwrap.fill(line, 80 // across, break_long_words=False) for line in lines]
         axis.set_title((": " if across == 1 else "\n").join(lines), fontsize=9)
         _name_cells(axis)
     return figure
