@@ -12,8 +12,11 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +47,18 @@ class PruningSettings:
             that with it, so that the time saved is taken off the importance.
         step: share of the original filters that goes before importance is measured again.
         keep: share of its channels that every group keeps, at least one channel.
+        multiple: widths become multiples of it, as channels go in blocks: 8 suits a card, whose matrix units
+            want widths of bfloat16 that 8 divides; 1 lets them go one by one.
     """
 
     importance: str = "kl"
     eta: float = 0.0
     step: float = 0.02
     keep: float = 0.1
+    multiple: int = field(default=1, metadata={"silent": True})
 
     def __post_init__(self) -> None:
-        check_settings(self, ("step",), importance=IMPORTANCES)
+        check_settings(self, ("step", "multiple"), importance=IMPORTANCES)
         if max(self.step, self.keep) > 1:
             raise ValueError(f"step={self.step} and keep={self.keep} are shares, at most 1")
 
@@ -257,13 +263,12 @@ def prune(
         room = settings.step * whole["filters"]
         if target == "filters":
             room = min(room, share * whole["filters"] - (1 - left["filters"]) * whole["filters"])
-        candidates = [(group, channel) for group in groups for channel in range(group.width)]
         chosen: dict[Group, list[int]] = {}
-        for index in torch.cat(scores).argsort(stable=True).tolist():  # the lowest of all groups
-            group, channel = candidates[index]
-            if room > 0 and group.width - len(chosen.get(group, ())) > least[group.makers[0]]:
-                chosen.setdefault(group, []).append(channel)
-                room -= len(group.makers)
+        for _, group, channels in sorted(_blocks(groups, scores, settings.multiple), key=itemgetter(0)):
+            rest = group.width - len(chosen.get(group, ())) - len(channels)
+            if room > 0 and rest >= least[group.makers[0]]:
+                chosen.setdefault(group, []).extend(channels)
+                room -= len(group.makers) * len(channels)
         if not chosen:
             most = 1 - left[target]
             limit = f"at {most:.2f} every layer is down to the share of {settings.keep:g} that it keeps"
@@ -274,6 +279,18 @@ def prune(
         history.append(left)
     removed = [(name, [int(index) for index in channels]) for name, _, channels in graph.pruning_history()]
     return Pruned(small.freeze(), removed, history)
+
+
+def _blocks(groups: list[Group], scores: list[Tensor], size: int) -> Iterator[tuple[float, Group, list[int]]]:
+    """Mean score, group and channels of blocks that go together, every group's lowest channels first.
+
+    The first block of a group makes its width a multiple of `size`.
+    """
+    for group, score in zip(groups, scores, strict=True):
+        order, first = score.argsort(stable=True).tolist(), group.width % size
+        cuts = [0, *range(first or size, group.width + 1, size)]
+        for start, stop in pairwise(cuts):
+            yield score[order[start:stop]].mean().item(), group, order[start:stop]
 
 
 def restructured(original: Classifier, removed: list[tuple[str, list[int]]]) -> Classifier:

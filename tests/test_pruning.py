@@ -176,6 +176,20 @@ def test_a_target_is_reached_and_hardly_passed(teacher, digits, target):
     assert all(a[target] >= b[target] for a, b in zip(pruned.history, pruned.history[1:], strict=False))
 
 
+def test_widths_are_multiples_where_that_is_asked():
+    network = create_model("resnet_small")
+    settings = PruningSettings(importance="magnitude", multiple=8, step=0.1)
+    pruned = prune(network, torch.rand(2, 3, 32, 32), filters=0.4, settings=settings)
+    widths = [group.width for group in groups(pruned.network)]
+    assert not any(width % 8 for width in widths) and sum(widths) < sum(g.width for g in groups(network))
+    first, count = pruned.removed[0], 0.1 * pruning.filter_count(network)
+    group = next(group for group in groups(network) if first[0] in group.makers)
+    assert (
+        set(first[1]) <= set(group.magnitude().argsort()[: len(first[1])].tolist())
+        and len(first[1]) <= count + 8
+    )
+
+
 def test_equal_seeds_equal_networks_of_bytes_or_floats(teacher, digits):
     images = digits[0].images[:64]
     pairs = [(images, 3), (images / 255, 3), (images, 4)]

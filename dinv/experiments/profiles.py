@@ -226,7 +226,7 @@ GPU = replace(
         distillation=DistillationSettings(rounds=100, updates=20, compile="never"),
         warmup=20, eval_every=5, pixel_batches=5),
     pruning=Pruning(
-        images=2048, settings=PruningSettings(step=0.02),
+        images=2048, settings=PruningSettings(step=0.02, multiple=8),
         distillation=replace(Pruning.distillation, updates=2000)),
     continual=Continual(epochs=30, images=5120, settings=ContinualSettings(updates=2000, batch_size=256)),
 )
