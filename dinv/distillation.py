@@ -174,10 +174,8 @@ class DistillStep:
     ) -> None:
         self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
         self.student = copy.deepcopy(student).requires_grad_(True).to(memory_format=torch.channels_last)
-        self.temperature, self.precision = (
-            temperature,
-            choose(precision, teacher.mean.device, teacher, student),
-        )
+        self.temperature = temperature
+        self.precision = choose(precision, teacher.mean.device, teacher, student)
         compiled = compile == "always" and compiler_available(teacher.mean.device)
         self._compiled = Compiled(self._forward, self.student, compiled)
         self._step = GradientStep(self._compiled, self.student)

@@ -105,7 +105,8 @@ def reproduce(words: Sequence[str]) -> int:
         return show_list(folder, sources)
     os.environ |= {"DINV_DEVICE": device.pick(folder.name), "DINV_QUIET": "1"}
     make_folder(folder, "DINV_FIGURES"), make_folder(cache_root(), "DINV_CACHE")
-    print(f"dinv: profile {folder.name} on {os.environ['DINV_DEVICE']}, progress in {cache_root() / 'log'}")
+    where = f"{os.environ['DINV_DEVICE']} in {device.precision()}"
+    print(f"dinv: profile {folder.name} on {where}, progress in {cache_root() / 'log'}")
     for number, source in enumerate(sources, 1):
         print(f"[{number}/{len(sources)}] {source.stem}", flush=True)
         started, output = time.monotonic(), folder / "notebooks" / source.name

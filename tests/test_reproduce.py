@@ -118,6 +118,13 @@ def test_misspelt_or_impossible_ends_before_anything_runs(folder, capsys, monkey
     assert out == "" and message in err and not (folder / "figures" / "smoke" / "notebooks").exists()
 
 
+def test_a_misspelt_precision_ends_before_anything_runs(folder, capsys, monkeypatch):
+    monkeypatch.setenv("DINV_PRECISION", "half")
+    write_notebook(folder, "00_teacher")
+    assert reproduce.main(["--profile", "smoke"]) == 2
+    assert "unknown precision 'half': choose auto, float32, bfloat16" in capsys.readouterr().err
+
+
 def test_what_the_words_run_also_after_one_failed(folder, capsys):
     (folder / "benchmarks").mkdir()
     for name, code in {"a": "raise SystemExit(3)", "b": "", "_common": "1 / 0"}.items():

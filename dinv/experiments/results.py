@@ -179,13 +179,12 @@ class Run:
         entry = provenance(self.chapter, self.profile) | {"seconds": round(spent, 1)}
         with locked(self.folder, str(self.folder)):
             rows = read_rows(self.folder)
-            old = rows[(rows.chapter == self.chapter) & earlier]
-            old = (
-                old[~old[cell].apply(tuple, axis=1).isin(mine[cell].apply(tuple, axis=1))]
-                if len(old)
-                else old
-            )
-            rows = pd.concat([rows[rows.chapter != self.chapter], old, mine])
+            made, cells = set(mine[cell].itertuples(index=False)), rows[cell].itertuples(index=False)
+            others = rows.chapter != self.chapter
+            kept = [
+                other or (earlier and place not in made) for other, place in zip(others, cells, strict=True)
+            ]
+            rows = pd.concat([rows[kept], mine])
             rows = rows.sort_values("chapter", kind="stable")
             chapters = read_provenance(self.folder) | {self.chapter: entry}
             write_text(self.folder / "results.csv", rows.to_csv(index=False, lineterminator="\n"))
