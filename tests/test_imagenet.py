@@ -30,6 +30,17 @@ def test_the_first_network_in_reach_is_taken(profile, monkeypatch):
         imagenet.network(profile, ["torchvision:resnet50", "timm:x"])
 
 
+def test_settings_go_with_the_teacher(tiny, capsys):
+    gpu, cpu, network = load_profile("gpu"), load_profile("cpu"), tiny()
+    assert imagenet.suited(gpu, network) is gpu.imagenet
+    network.name = "efficientnet_lite0"
+    assert imagenet.suited(cpu, network) is cpu.imagenet and not capsys.readouterr().out
+    second = imagenet.suited(gpu, network)
+    assert second.inversion == cpu.imagenet.inversion and second.distance == "kl"
+    assert second.classes == gpu.imagenet.classes and second.images_per_class == gpu.imagenet.images_per_class
+    assert "no torchvision:resnet50: the settings are those" in capsys.readouterr().out
+
+
 def test_a_verifier_is_never_the_teacher(short_profile, profile, teacher):
     assert [verifier.name for verifier in imagenet.verifiers(profile, teacher)] == ["vgg_digits"]
     alone = short_profile({"imagenet.verifiers": ("resnet_digits",)})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from dinv.compiling import distillation_flops, inversion_flops
 from dinv.data import Dataset, load_dataset
 from dinv.experiments import stages
 from dinv.experiments.device import device
-from dinv.experiments.profiles import Profile
+from dinv.experiments.profiles import Imagenet, Profile, load_profile
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
 
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
@@ -43,6 +44,19 @@ def network(profile: Profile, names: Sequence[str]) -> Classifier:
         except WeightsUnavailable as reason:
             reasons.append(f"{name}: {reason}")
     raise WeightsUnavailable("; ".join(reasons) or "no network is named")
+
+
+def suited(profile: Profile, teacher: Classifier) -> Imagenet:
+    """The profile's settings for this teacher; where it is a second choice, those that its family has on cpu.
+
+    ResNet-50's objective, on an EfficientNet's pixels, ends in grain and false colours.
+    """
+    own, family = profile.imagenet, load_profile("cpu").imagenet
+    if "efficientnet" not in teacher.name or "efficientnet" in own.teacher[0]:
+        return own
+    print(f"no {own.teacher[0]}: the settings are those that profile cpu has for {teacher.name}")
+    names = ("inversion", "comparison_stages", "distance", "alpha_f", "tv", "l2")
+    return replace(own, **{name: getattr(family, name) for name in names})
 
 
 def verifiers(profile: Profile, teacher: Classifier) -> list[Classifier]:
