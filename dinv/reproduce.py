@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="dinv-") as scratch:
             own_kernel(scratch)
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise ValueError("torchrun's processes would all make the same: notebooks run in one process")
             if word == "reproduce":
                 return reproduce(rest)
             return lab(rest) if word == "lab" else run_all(steps(word, rest, scratch))

@@ -118,11 +118,20 @@ def test_misspelt_or_impossible_ends_before_anything_runs(folder, capsys, monkey
     assert out == "" and message in err and not (folder / "figures" / "smoke" / "notebooks").exists()
 
 
-def test_a_misspelt_precision_ends_before_anything_runs(folder, capsys, monkeypatch):
-    monkeypatch.setenv("DINV_PRECISION", "half")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("DINV_PRECISION", "half", "unknown precision 'half': choose auto, float32, bfloat16"),
+        ("WORLD_SIZE", "2", "notebooks run in one process"),
+    ],
+)
+def test_a_surrounding_that_does_not_fit_ends_before_anything_runs(
+    folder, capsys, monkeypatch, name, value, message
+):
+    monkeypatch.setenv(name, value)
     write_notebook(folder, "00_teacher")
     assert reproduce.main(["--profile", "smoke"]) == 2
-    assert "unknown precision 'half': choose auto, float32, bfloat16" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_what_the_words_run_also_after_one_failed(folder, capsys):

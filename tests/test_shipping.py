@@ -49,6 +49,18 @@ def test_cifar_networks_are_as_good_as_stated(name):
     assert score == pytest.approx(shipped_models()[name]["accuracy"], abs=0.05)
 
 
+def test_large_networks_are_kept_in_float16_but_for_what_normalises(tool, tmp_path, monkeypatch):
+    model = create_model("resnet_digits", "digits", seed=3)
+    monkeypatch.setitem(tool["ship"].__globals__, "HALF", 1000)
+    path = tool["ship"](model, "digits", 91.0, [], tmp_path)
+    assert path.stat().st_size < 0.6 * sum(value.nbytes for value in model.state_dict().values())
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    pairs = zip(model.state_dict().items(), load_model("resnet_digits").state_dict().values(), strict=True)
+    for (name, before), after in pairs:
+        filters = name in dict(model.named_parameters()) and before.dim() > 1
+        assert torch.equal(before.half().float() if filters else before, after), name
+
+
 @pytest.mark.parametrize("name", ["resnet_digits", "resnet_digits-3-classes"])
 def test_ship_writes_what_load_model_reads(tool, tmp_path, monkeypatch, name):
     model = create_model("resnet_digits", "digits", seed=3, classes="012")
@@ -62,6 +74,6 @@ def test_ship_writes_what_load_model_reads(tool, tmp_path, monkeypatch, name):
 
 
 def test_too_large_a_network_is_not_shipped(tool, tmp_path):
-    with pytest.raises(ValueError, match="at most 5 MB per file"):
-        tool["ship"](create_model("cifar_vgg11"), "cifar10", 90.0, [], tmp_path)
+    with pytest.raises(ValueError, match="at most 20 MB per file"):
+        tool["ship"](create_model("cifar_resnet34"), "cifar10", 90.0, [], tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))

@@ -129,13 +129,13 @@ def apply(module, function, recurse=True):
 
 def cases():
     """name -> work(n), in which n is how many steps or updates are made."""
-    teacher, student = (create_model("resnet_tiny", seed=seed).to(CARD) for seed in range(2))
+    teacher, student = (create_model("resnet_digits", "digits", seed=seed).to(CARD) for seed in range(2))
     teacher.freeze()
     prior = CrossEntropy() + 2.5e-5 * TotalVariation() + 3e-8 * L2Norm()
     full, labels = prior + 10.0 * FeatureStatistics(), balanced_labels(8, 10)
-    pool = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
+    pool = torch.zeros(16, 1, 8, 8, dtype=torch.uint8)
     data = Dataset(
-        "cifar10", "train", torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.arange(64) % 10, "0123456789"
+        "digits", "train", torch.zeros(64, 1, 8, 8, dtype=torch.uint8), torch.arange(64) % 10, "0123456789"
     )
     small = GeneratorSettings(steps=2, width=8, compile="never")
     brief = InversionSettings(steps=2, compile="never")
@@ -177,7 +177,7 @@ def cases():
         return work
 
     def training(n):
-        model = create_model("resnet_tiny").to(CARD)
+        model = create_model("resnet_digits", "digits").to(CARD)
         part = data.to(CARD).take(slice(0, 8 * n))
         train(model, part, TrainingSettings(epochs=2, batch_size=8, low_res_epochs=1))
 
@@ -191,7 +191,7 @@ def cases():
         name = "on the host"
 
         def __call__(self, view):
-            return (view.pixels - torch.ones(3, 1, 1)).square().mean()
+            return (view.pixels - torch.ones(1, 1, 1)).square().mean()
 
     class Asking(Term):
         name = "asking"
@@ -203,7 +203,7 @@ def cases():
         "invert": inverting(flip=False),
         "invert, flips": inverting(),
         "invert, kl, competition": inverting(prior + FeatureStatistics("kl") + rival),
-        "invert, octaves": inverting(octaves=3, chroma_lr=0.3),
+        "invert, octaves": inverting(octaves=2),
         "invert, measured statistics": lambda n: inverting(
             prior + FeatureStatistics(statistics=measure_statistics(teacher, pool))
         )(n),
