@@ -239,7 +239,8 @@ def invert(
         teacher: the trained network; its parameters and buffers stay as they are.
         labels: (N,) integers, the target class of each image.
         objective: a sum of terms, for instance CrossEntropy() + 10.0 * FeatureStatistics().
-        seed: fixes noise, jitter and flips; the same seed on the same machine gives the same bytes.
+        seed: fixes noise, jitter and flips. The same seed, machine and number of threads give the same bytes;
+            on a card, with torch.use_deterministic_algorithms(True).
         snapshots: steps before which the images are copied (0 is the noise).
         callback: called after every `every` steps and after the last.
         group: processes that share the batch, see `dinv.group`; each calls with the same arguments and gets
