@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
+from functools import partial
 
 import torch
+from _shared import seconds
 
 from dinv.experiments.device import device
 from dinv.experiments.profiles import load_profile
@@ -33,7 +34,7 @@ PRIOR = CrossEntropy() + 2.5e-5 * TotalVariation() + 3e-8 * L2Norm()
 OBJECTIVES = {"DeepDream": PRIOR, "DeepInversion": PRIOR + 1.0 * FeatureStatistics("kl")}
 
 
-def seconds(
+def step_seconds(
     teacher: Classifier, objective: Objective, batch_size: int, size: int, turns: int
 ) -> list[list[float]]:
     """Seconds of plain steps and of compiled ones, one of each a turn."""
@@ -43,16 +44,7 @@ def seconds(
     labels = torch.arange(batch_size, device=device()) % len(teacher.classes)
     steps = [Step(teacher, objective, compiled) for compiled in (False, True)]
     weights = torch.tensor(steps[0].weights, device=device())
-    times: list[list[float]] = [[], []]
-    for turn in range(turns + 2):  # two to warm up, the first of them compiles
-        for step, spent in zip(steps, times, strict=True):
-            began = time.perf_counter()
-            step(pixels, labels, weights)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= 2:
-                spent.append(time.perf_counter() - began)
-    return times
+    return seconds([partial(step, pixels, labels, weights) for step in steps], turns)
 
 
 def main() -> int:
@@ -67,7 +59,7 @@ def main() -> int:
             print(f"no {name}: {reason}")
             continue
         for method, objective in OBJECTIVES.items():
-            pair = seconds(teacher.to(device()).freeze(), objective, batch_size, size, turns)
+            pair = step_seconds(teacher.to(device()).freeze(), objective, batch_size, size, turns)
             ratios = sorted(plain / fast for plain, fast in zip(*pair, strict=True))
             ratio = statistics.median(ratios)
             plain, fast = (1e3 * statistics.median(side) for side in pair)

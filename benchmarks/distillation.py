@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from _shared import compare, rates
 from torch import Tensor
 
 from dinv.compiling import distillation_flops
@@ -69,35 +70,20 @@ def ours(teacher: str, student: str, images: Tensor) -> tuple[Callable[[int], No
 def main() -> int:
     profile = load_profile("auto")
     run = Run("bench_distillation", profile)
-    print(f"{'networks':32} {'batch':>5} {'plain':>8} {'dinv':>8}  ratio: median (least to most), GFLOP/s")
+    print(f"{'networks, batch':36} {'plain':>8} {'dinv':>8}  ratio: median (least to most), GFLOP/s")
     cells: dict[str, dict[str, list[float]]] = {}
     for teacher, student, batch_size, updates, turns, least in CASES.get(profile.name, CASES["gpu"]):
         network = create_model(teacher)
         images = torch.rand(batch_size, network.channels, network.size, network.size).to(device())
         fast, precision = ours(teacher, student, images)
         sides = {"plain loop": plain_loop(teacher, student, images), "dinv": fast}
-        rates: dict[str, list[float]] = {side: [] for side in sides}
-        for turn in range(turns + 1):  # the first warms up and compiles
-            for side, work in sides.items():
-                began = time.perf_counter()
-                work(updates)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if turn:
-                    rates[side].append(batch_size * updates / (time.perf_counter() - began))
-        ratios = sorted(b / a for a, b in zip(rates["plain loop"], rates["dinv"], strict=True))
-        medians = {side: statistics.median(values) for side, values in rates.items()}
-        speed = medians["dinv"] * distillation_flops(network, create_model(student)) / 1e9
-        name = f"{teacher} -> {student}, {batch_size}"
-        print(
-            f"{name:32} {batch_size:5d} {medians['plain loop']:8.1f} {medians['dinv']:8.1f}  "
-            f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), {speed:.0f}",
-            flush=True,
-        )
-        cells[name] = rates
-        if precision in least:
-            claim = f"{name}: {least[precision]:g} times as fast as a plain loop, {precision}"
-            run.claim(claim, ratios, at_least=least[precision])
+        calls = {side: partial(work, updates) for side, work in sides.items()}
+        name, measured = f"{teacher} -> {student}, {batch_size}", rates(calls, batch_size * updates, turns)
+        operations = distillation_flops(network, create_model(student))
+        speed = statistics.median(measured["dinv"]) * operations / 1e9
+        text = compare(run, name, measured["plain loop"], measured["dinv"], precision, least)
+        print(f"{name:36} {text}, {speed:.0f}", flush=True)
+        cells[name] = measured
     run.table("own", cells, "images / s")
     run.finish()
     return 0

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from _shared import compare, rates, seconds
 from torch import Tensor, nn
 
-from dinv.compiling import forward_flops
+from dinv.compiling import inversion_flops
 from dinv.experiments.device import device
 from dinv.experiments.profiles import load_profile
 from dinv.experiments.results import Run
@@ -111,16 +112,14 @@ def convolution_rate(precision: str, batch_size: int = 64) -> float:
     x = torch.randn(batch_size, 128, 16, 16, device=device()).contiguous(memory_format=torch.channels_last)
     layer = nn.Conv2d(128, 128, 3, padding=1, bias=False).to(device(), memory_format=torch.channels_last)
     layer.requires_grad_(False)
-    times = []
-    for _ in range(12):
-        began = time.perf_counter()
+    x.requires_grad_()
+
+    def both_ways() -> None:
         with autocast(x.device, precision):
-            y = layer(x.requires_grad_())
+            y = layer(x)
         torch.autograd.grad(y, x, y)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * 2 * y.numel() * 128 * 9 / statistics.median(times[2:])
+
+    return 2 * 2 * x.numel() * 128 * 9 / statistics.median(seconds([both_ways], 10)[0])
 
 
 def measure(
@@ -140,41 +139,26 @@ def measure(
     first = {side: run(start, 2) for side, run in sides.items()}  # warms up, compiles, compares the losses
     if abs(first["dinv"] / first[f"plain loop, {precision}"] - 1) > 1e-2:
         raise AssertionError(f"{name}: the sides differ, {first}")
-    rates: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(turns):
-        for side, run in sides.items():
-            began = time.perf_counter()
-            run(start, iterations)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            rates[side].append(batch_size * iterations / (time.perf_counter() - began))
-    return teacher, precision, rates
+    calls = {side: partial(run, start, iterations) for side, run in sides.items()}
+    return teacher, precision, rates(calls, batch_size * iterations, turns)
 
 
 def main() -> int:
     profile = load_profile("auto")
     run = Run("bench_inversion", profile)
-    print(f"{'network':28} {'batch':>5} {'side':>4} {'plain':>8} {'dinv':>8}  ratio: median (range)  share")
+    print(f"{'network, batch at side':38} {'plain':>8} {'dinv':>8}  ratio: median (range)  share")
     cells: dict[str, dict[str, list[float]]] = {}
     for name, batch_size, size, iterations, turns, least in CASES.get(profile.name, CASES["gpu"]):
         try:
-            teacher, precision, rates = measure(name, batch_size, size, iterations, turns)
+            teacher, precision, measured = measure(name, batch_size, size, iterations, turns)
         except WeightsUnavailable as reason:
             print(f"no {name}: {reason}")
             continue
-        ratios = sorted(b / a for a, b in zip(rates["plain loop, float32"], rates["dinv"], strict=True))
-        plain, fast = (statistics.median(rates[side]) for side in ("plain loop, float32", "dinv"))
-        share = fast * 2 * forward_flops(teacher) * (size / teacher.size) ** 2 / convolution_rate(precision)
-        print(
-            f"{name:28} {batch_size:5d} {size:4d} {plain:8.1f} {fast:8.1f}  "
-            f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  {100 * share:.0f} %",
-            flush=True,
-        )
-        case = f"{name}, {batch_size} at {size}"
-        cells[case] = rates | {"share of a convolution's rate, %": [100 * share]}
-        if precision in least:
-            claim = f"{case}: {least[precision]:g} times as fast as a plain loop, {precision}"
-            run.claim(claim, ratios, at_least=least[precision])
+        case, operations = f"{name}, {batch_size} at {size}", inversion_flops(teacher, ((1, size),))
+        share = statistics.median(measured["dinv"]) * operations / convolution_rate(precision)
+        text = compare(run, case, measured["plain loop, float32"], measured["dinv"], precision, least)
+        print(f"{case:38} {text}  {100 * share:.0f} %", flush=True)
+        cells[case] = measured | {"share of a convolution's rate, %": [100 * share]}
     if cells:
         run.table("own", cells, "images x iterations / s")
     run.finish()

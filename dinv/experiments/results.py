@@ -121,7 +121,7 @@ class Run:
             entry = self._record(name, row, column, metric, cells[row][column])
             shown[row][column] = with_deviation(entry["value"], entry["sd"])
             counts.add(int(entry["n"]))
-        self._write(self._frame())
+        self._write()
         frame = pd.DataFrame.from_dict(shown, orient="index").fillna("")
         seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
         return frame.rename_axis(columns=f"{metric} (n = {seeds})".strip())
@@ -166,15 +166,16 @@ class Run:
 
     def finish(self) -> None:
         """Write `results.csv` and `provenance.json` without what earlier runs of this chapter left there."""
-        self._write(self._frame(), earlier=False)
+        self._write(earlier=False)
 
-    def _write(self, mine: pd.DataFrame, earlier: bool = True) -> None:
-        """Put `mine` into results.csv, in place of the same cells or, not `earlier`, of the whole chapter.
+    def _write(self, earlier: bool = True) -> None:
+        """Put the rows so far into results.csv, in place of the same cells or, not `earlier`, of the chapter.
 
         `seconds` is what the chapter takes with nothing cached. The ledger of its stages goes to
         `<cache root>/chapters/<profile>-<chapter>.json`.
         """
-        stages, cell = cache.ledger[self._stages :], ["table", "row", "column", "metric"]
+        stages, mine = cache.ledger[self._stages :], self._frame()
+        cell = ["table", "row", "column", "metric"]
         spent = time.monotonic() - self._began + sum(entry["seconds"] for entry in stages if entry["cached"])
         entry = provenance(self.chapter, self.profile) | {"seconds": round(spent, 1)}
         with locked(self.folder, str(self.folder)):
