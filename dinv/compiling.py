@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
+import math
 import os
 import shutil
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinv.models.classifier import Classifier
+from dinv.models.classifier import Classifier, Size, sides
+from dinv.preflight import private
 
 # Compiling costs 20 to 60 s per size on a CPU and saves about half of an eager step, which runs at some
 # 60 GFLOP/s on two cores. A rule of arithmetic, not of measured time: equal calls take equal paths.
@@ -182,7 +183,7 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def compiling_pays(teacher: Classifier, plan: tuple[tuple[int, int], ...], images: int, reads: bool) -> bool:
+def compiling_pays(teacher: Classifier, plan: Sequence[tuple[int, Size]], images: int, reads: bool) -> bool:
     """Whether inverting `images` images is work enough to compile for; `reads`: it reads statistics.
 
     Compiling makes the reading of statistics cheap, and little else: on a CPU a step that reads none is
@@ -192,9 +193,9 @@ def compiling_pays(teacher: Classifier, plan: tuple[tuple[int, int], ...], image
     return reads and images * inversion_flops(teacher, plan) > worth
 
 
-def inversion_flops(teacher: Classifier, plan: tuple[tuple[int, int], ...]) -> float:
+def inversion_flops(teacher: Classifier, plan: Sequence[tuple[int, Size]]) -> float:
     """Floating-point operations to invert one image: forward, and the same again for the gradient."""
-    area = sum(steps * (size / teacher.size) ** 2 for steps, size in plan)
+    area = sum(steps * math.prod(sides(size)) for steps, size in plan) / math.prod(sides(teacher.size))
     return 2.0 * forward_flops(teacher) * area
 
 
@@ -205,8 +206,7 @@ def distillation_flops(teacher: Classifier, student: Classifier) -> float:
 
 def forward_flops(network: Classifier) -> int:
     """Floating-point operations of one image's way through `network`; a backward pass costs as many again."""
-    net = copy.deepcopy(network.net).eval()  # in training mode a forward pass would change BatchNorm
-    counter = FlopCounterMode(display=False)
+    own, counter = private(network).freeze(), FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        net(network.mean.new_zeros(1, network.channels, network.size, network.size))
+        own(own.mean.new_zeros(1, *own.shape))
     return counter.get_total_flops()

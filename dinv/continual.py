@@ -9,7 +9,6 @@ images of the new classes, and those of the old ones for an oracle, are argument
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,9 +20,11 @@ from dinv.checks import check_settings
 from dinv.data import Dataset, augment
 from dinv.data.dataset import sent
 from dinv.files import NO_CHECKPOINT, NoCheckpoint
-from dinv.models import Classifier, inputs_of, to_float
+from dinv.models import Classifier, Unfit, inputs_of, to_float
+from dinv.models.classifier import duplicate
 from dinv.precision import autocast, choose
-from dinv.training import GradientStep, Updates, UpdateSettings, predict
+from dinv.preflight import preflight, private, settled
+from dinv.training import GradientStep, Updates, UpdateSettings, predict, require_trainable
 
 RECORD_EVERY = 20  # updates
 
@@ -53,25 +54,30 @@ class ContinualSettings(UpdateSettings):
         check_settings(self, ("updates",))
 
 
-def classifier_head(network: Classifier) -> tuple[str, nn.Linear]:
-    """Name and module of the linear layer that gives the logits; a ValueError without such a layer."""
-    linear = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-    if not linear or linear[-1][1].out_features != len(network.classes):
-        reason = f"its last linear layer must give its {len(network.classes)} classes"
+def classifier_head(network: Classifier) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """Name and module of the layer that gives the logits, linear or a 1x1 convolution; else a ValueError."""
+    name = preflight(network).head
+    if not name:
+        reason = f"no linear layer or 1x1 convolution gives its {len(network.classes)} classes"
         raise ValueError(f"{network.name} cannot be extended: {reason}")
-    return linear[-1]
+    return name, network.get_submodule(name)
 
 
+@settled
 def extend(network: Classifier, classes: Sequence[str], *, seed: int = 0) -> Classifier:
     """A copy of `network` with outputs for `classes` after its own; the old outputs are what they were.
 
     The new rows of the head are drawn as widely as the old ones are spread, their biases are zero.
+
+    Raises:
+        ValueError: classes that are there already; logits that do not come from one layer alone.
     """
+    head, classes = classifier_head(network)[1], [classes] if isinstance(classes, str) else classes
     if not classes or len({*network.classes, *classes}) < len(network.classes) + len(classes):
         raise ValueError(f"new classes must be new, and at least one: got {', '.join(classes) or 'none'}")
-    head = classifier_head(network)[1]
-    rows = torch.randn(len(classes), head.in_features, generator=torch.Generator().manual_seed(seed))
-    weight = torch.cat([head.weight, head.weight.std() * rows.to(head.weight.device)])
+    shape, generator = (len(classes), *head.weight.shape[1:]), torch.Generator().manual_seed(seed)
+    rows = torch.randn(shape, generator=generator, dtype=torch.float32)
+    weight = torch.cat([head.weight, head.weight.std() * rows.to(head.weight)])
     bias = None if head.bias is None else torch.cat([head.bias, head.bias.new_zeros(len(classes))])
     return _with_head(network, weight, bias, network.classes + tuple(classes))
 
@@ -84,16 +90,32 @@ def old_part(network: Classifier, count: int) -> Classifier:
 
 
 def _with_head(model: Classifier, weight: Tensor, bias: Tensor | None, classes: Sequence[str]) -> Classifier:
-    changed = copy.deepcopy(model)
-    name, old = classifier_head(changed)
-    head = nn.Linear(old.in_features, len(classes), bias=bias is not None, device=weight.device)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        if bias is not None:
-            head.bias.copy_(bias)
-    changed.set_submodule(name, head)
+    name, changed = classifier_head(model)[0], duplicate(model)
+    head = changed.get_submodule(name)
+    head.weight = nn.Parameter(weight.detach().clone(), head.weight.requires_grad)
+    if bias is not None:
+        head.bias = nn.Parameter(bias.detach().clone(), head.bias.requires_grad)
+    width = "out_features" if isinstance(head, nn.Linear) else "out_channels"
+    setattr(head, width, len(classes))
     changed.classes = tuple(classes)
+    try:
+        same = _same_answers(model, changed)
+    except Unfit as error:
+        same, reason = False, str(error)
+    else:
+        reason = "its outputs are more than those of that layer"
+    if not same:
+        raise ValueError(f"{model.name} cannot be extended by its layer {name}: {reason}")
     return changed
+
+
+@torch.no_grad()
+def _same_answers(one: Classifier, other: Classifier) -> bool:
+    """Whether two networks with another number of outputs agree on those that both have."""
+    images = torch.rand(2, *one.shape, generator=torch.Generator().manual_seed(0)).to(one.mean.device)
+    count = min(len(one.classes), len(other.classes))
+    pair = [predict(network, images)[:, :count].log_softmax(1) for network in (one, other)]
+    return torch.allclose(*pair, rtol=1e-3, atol=1e-3)
 
 
 def renumbered(data: Dataset, network: Classifier) -> Dataset:
@@ -124,6 +146,7 @@ def distillation_on_new(logits: Tensor, old_logits: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+@settled
 def learn(
     old: Classifier,
     network: Classifier,
@@ -152,7 +175,11 @@ def learn(
     """
     settings = settings or ContinualSettings()
     _require_fitting(old, network, new, images, labels)
-    old = copy.deepcopy(old).freeze().to(memory_format=torch.channels_last)
+    require_trainable(network)
+    old, (_, head) = private(old).freeze(), classifier_head(network)
+    old_head = classifier_head(old)[1]
+    if settings.local and not isinstance(head, nn.Linear):
+        raise ValueError(f"local=True needs logits of a linear layer, which {network.name} has not")
     network.requires_grad_(True)
     generator, device = torch.Generator().manual_seed(seed), network.mean.device
     precision = choose(settings.precision, device, network)
@@ -164,9 +191,9 @@ def learn(
         return batch, targets[chosen] if targets is not None else None
 
     def weighted_terms(batch: Tensor, new_labels: Tensor, *old_labels: Tensor) -> dict[str, Tensor]:
-        head, terms = classifier_head(network)[1], {}
+        terms = {}
         with autocast(device, precision):
-            with torch.no_grad(), inputs_of(classifier_head(old)[1]) as old_features:
+            with torch.no_grad(), inputs_of(old_head) as old_features:
                 old_logits = old(batch)
             with inputs_of(head) as features:
                 logits = network(batch)
@@ -216,6 +243,7 @@ def learn(
 def _require_fitting(
     old: Classifier, network: Classifier, new: Dataset, images: Tensor | None, labels: Tensor | None
 ) -> None:
+    preflight(old), preflight(network)
     count = len(old.classes)
     if network.classes[:count] != old.classes or len(network.classes) <= count:
         raise ValueError(f"{network.name} does not extend {old.name}: see extend()")

@@ -8,7 +8,6 @@ pool. With `competition` it is made against the student as it is in that round (
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from dinv.data import augment
 from dinv.data.dataset import sent
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.inversion import InversionSettings, Inverter, balanced_labels
-from dinv.models import Classifier, evaluating
+from dinv.models import Classifier, evaluating, places
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
 from dinv.precision import autocast, choose
+from dinv.preflight import preflight, private, settled
 from dinv.training import GradientStep, Updates, UpdateSettings, predict
 
 
@@ -129,7 +129,7 @@ class InversionSource(Source):
         competition: float = 0.0,
         warmup_rounds: int | None = None,
     ) -> None:
-        empty = torch.empty(0, teacher.channels, teacher.size, teacher.size, dtype=torch.uint8)
+        empty = torch.empty(0, *teacher.shape, dtype=torch.uint8)
         self.start = empty if start is None else _as_uint8(start)
         self.teacher, self.objective, self.settings = teacher, 1.0 * objective, settings
         self.batch_size, self.seed, self.competition = batch_size, seed, competition
@@ -172,9 +172,8 @@ class DistillStep:
         compile: str = "always",
         precision: str = "auto",
     ) -> None:
-        self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
-        self.student = copy.deepcopy(student).requires_grad_(True).to(memory_format=torch.channels_last)
-        self.temperature = temperature
+        self.teacher, self.student = private(teacher).freeze(), private(student).requires_grad_(True)
+        self.temperature, self._places = temperature, places(student, teacher)
         self.precision = choose(precision, teacher.mean.device, teacher, student)
         compiled = compile == "always" and compiler_available(teacher.mean.device)
         self._compiled = Compiled(self._forward, self.student, compiled)
@@ -198,6 +197,7 @@ class DistillStep:
             with torch.no_grad():
                 teacher_logits = self.teacher(images)
             student_logits = self.student(images)
+        teacher_logits = teacher_logits if self._places is None else teacher_logits[:, self._places]
         agreement = (student_logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return distillation_loss(student_logits, teacher_logits, self.temperature), agreement
 
@@ -245,6 +245,7 @@ class _Pool:
         self.source.restore(strip_prefix("source.", state))
 
 
+@settled
 def distill(
     teacher: Classifier,
     student: Classifier,
@@ -341,8 +342,10 @@ def _as_uint8(images: Tensor) -> Tensor:
 
 
 def _require_fitting(teacher: Classifier, student: Classifier, images: Tensor) -> None:
+    preflight(teacher), preflight(student)
     if len(images):
         teacher.check(images)
-    sizes = [f"{net.name} has {net.size} px and {len(net.classes)} classes" for net in (teacher, student)]
-    if len(teacher.classes) != len(student.classes) or student.size != teacher.size:
-        raise ValueError(f"a student takes its teacher's images and classes: {', '.join(sizes)}")
+    shapes = [f"{net.name} takes {' x '.join(map(str, net.shape))}" for net in (teacher, student)]
+    if teacher.shape != student.shape:
+        raise ValueError(f"a student takes its teacher's images: {', '.join(shapes)}")
+    places(student, teacher)

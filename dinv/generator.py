@@ -24,9 +24,11 @@ from dinv.distillation import Source
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.inversion import Inversion, Progress, balanced_labels, check_labels
 from dinv.models import Classifier
+from dinv.models.classifier import Size, sides
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import Pool, batch_seed, to_uint8
 from dinv.precision import CHOICES, autocast, setting
+from dinv.preflight import settled
 from dinv.step import Step, jittered, require_finite
 
 
@@ -66,13 +68,14 @@ class ImageGenerator(nn.Module):
     """
 
     def __init__(
-        self, classes: int, channels: int, size: int, latent_dim: int = 128, width: int = 32
+        self, classes: int, channels: int, size: Size, latent_dim: int = 128, width: int = 32
     ) -> None:
         super().__init__()
-        if size % 4:
+        height, width_px = sides(size)
+        if height % 4 or width_px % 4:
             raise ValueError(f"a generator makes images whose side is a multiple of 4, not {size}")
-        self.classes, self.side = classes, size // 4
-        self.first = nn.Linear(latent_dim + classes, 2 * width * self.side**2)
+        self.classes, self.quarter = classes, (height // 4, width_px // 4)
+        self.first = nn.Linear(latent_dim + classes, 2 * width * math.prod(self.quarter))
         self.blocks = nn.Sequential(
             nn.BatchNorm2d(2 * width),
             nn.Upsample(scale_factor=2),
@@ -89,7 +92,7 @@ class ImageGenerator(nn.Module):
 
     def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
         one_hot = nn.functional.one_hot(labels, self.classes).to(latent.dtype)
-        x = self.first(torch.cat([latent, one_hot], dim=1)).view(len(latent), -1, self.side, self.side)
+        x = self.first(torch.cat([latent, one_hot], dim=1)).view(len(latent), -1, *self.quarter)
         return self.blocks(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -97,9 +100,8 @@ def create_generator(teacher: Classifier, settings: GeneratorSettings, seed: int
     """A generator of `teacher`'s images with fresh weights drawn from `seed`, on its device."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = ImageGenerator(
-            len(teacher.classes), teacher.channels, teacher.size, settings.latent_dim, settings.width
-        )
+        sizes = (teacher.channels, teacher.size, settings.latent_dim, settings.width)
+        network = ImageGenerator(len(teacher.classes), *sizes)
     return network.to(teacher.mean.device, memory_format=torch.channels_last)
 
 
@@ -130,9 +132,10 @@ class GeneratorInverter:
     def compile_seconds(self) -> float:
         return self.step.compile_seconds + self._forward.seconds
 
+    @settled
     def __call__(
         self,
-        labels: Tensor,
+        labels: Tensor | Sequence[str],
         *,
         seed: int = 0,
         weights: Sequence[float] | None = None,
@@ -146,7 +149,7 @@ class GeneratorInverter:
         """
         began, compiled_before = time.perf_counter(), self.compile_seconds
         teacher, settings, step, device = self.teacher, self.settings, self.step, self.teacher.mean.device
-        labels = check_labels(labels, len(teacher.classes)).to(device)
+        labels = check_labels(labels, teacher.classes).to(device)
         if any(not 0 <= snapshot < settings.steps for snapshot in snapshots) or every < 1:
             raise ValueError(
                 f"snapshots {list(snapshots)} must lie in 0 to {settings.steps - 1}, the numbers of the "
@@ -189,9 +192,10 @@ class GeneratorInverter:
         return Inversion(best_images.contiguous(), labels, losses, copies, *seconds, step.compiled)
 
 
+@settled
 def generate(
     teacher: Classifier,
-    labels: Tensor,
+    labels: Tensor | Sequence[str],
     objective: Objective | Term,
     settings: GeneratorSettings | None = None,
     *,
@@ -225,7 +229,7 @@ class GeneratorSource(Source):
         warmup: int = 0,
         agreeing: bool = True,
     ) -> None:
-        self.start = torch.empty(0, teacher.channels, teacher.size, teacher.size, dtype=torch.uint8)
+        self.start = torch.empty(0, *teacher.shape, dtype=torch.uint8)
         self.teacher, self.objective, self.settings = teacher, 1.0 * objective, settings
         self.batch_size, self.seed, self.competition = batch_size, seed, competition
         self.warmup, self.agreeing = warmup, agreeing

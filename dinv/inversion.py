@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinv.checks import check_settings
+from dinv.checks import check_settings, near
 from dinv.compiling import compiler_available, compiling_pays
 from dinv.group import Group, averaged, gathered, share
-from dinv.models.classifier import Classifier
+from dinv.models.classifier import Classifier, Size, sides
 from dinv.objectives import Objective, Term
 from dinv.precision import CHOICES, setting
+from dinv.preflight import preflight, settled
 from dinv.pyramid import PyramidAdam
 from dinv.step import Step, jittered, require_finite
 
@@ -43,7 +44,8 @@ class InversionSettings:
         jitter: the batch is rolled by up to so many pixels either way before each step (paper: 2).
         flip: each image is mirrored with probability one half before each step.
         stages: multi-resolution schedule, pairs (steps, size) from coarse to fine; with it `steps` is
-            not used. Between stages the images are resized, and Adam and the schedule start anew.
+            not used. Between stages the images are resized, and Adam and the schedule start anew. A size is
+            that of a square, or (height, width) for a teacher whose images are none.
         keep: "best", the images of the smallest objective so far, or "last".
         compile: "auto" compiles where it pays (see `compiling_pays`), "always" or "never".
         precision: what networks compute in, see `precision.choose`.
@@ -65,11 +67,14 @@ class InversionSettings:
     def __post_init__(self) -> None:
         choices = {"schedule": ("constant", "cosine"), "keep": ("best", "last"), "precision": CHOICES}
         check_settings(self, ("steps", "lr", "octaves"), **choices, compile=("auto", "always", "never"))
-        if any(steps < 1 or size < 1 for steps, size in self.stages):
+        if any(steps < 1 or min(sides(size)) < 1 for steps, size in self.stages):
             raise ValueError(f"stages {self.stages} must be pairs of positive steps and size")
 
-    def plan(self, size: int) -> tuple[tuple[int, int], ...]:
+    def plan(self, size: Size) -> tuple[tuple[int, Size], ...]:
         """The (steps, size) pairs to run for a teacher of this image size."""
+        height, width = sides(size)
+        if height != width and any(isinstance(side, int) for _, side in self.stages):
+            raise ValueError(f"stages of images of {height} x {width} need (steps, (height, width))")
         return self.stages or ((self.steps, size),)
 
 
@@ -139,9 +144,10 @@ class Inverter:
             self._step = Step(self.teacher, self.objective, compiled, **options)
         return self._step
 
+    @settled
     def __call__(
         self,
-        labels: Tensor,
+        labels: Tensor | Sequence[str],
         *,
         seed: int = 0,
         snapshots: Sequence[int] = (),
@@ -150,8 +156,9 @@ class Inverter:
     ) -> Inversion:
         """Invert one batch; arguments and errors are those of `invert`."""
         began = time.perf_counter()
+        preflight(self.teacher, pixels=True)
         teacher, settings, device = self.teacher, self.settings, self.teacher.mean.device
-        labels = check_labels(labels, len(teacher.classes)).to(device)
+        labels = check_labels(labels, teacher.classes).to(device)
         plan = settings.plan(teacher.size)
         total = sum(steps for steps, _ in plan)
         if any(not 0 <= snapshot <= total for snapshot in snapshots) or every < 1:
@@ -163,9 +170,10 @@ class Inverter:
         step.reload()
         compiled_before = step.compile_seconds
         generator = torch.Generator().manual_seed(seed)
+        dtype = torch.float64 if teacher.dtype == torch.float64 else torch.float32
         low = (0 - teacher.mean) / teacher.std
         high = (1 - teacher.mean) / teacher.std
-        weights = torch.tensor(step.weights, device=device)
+        weights = torch.tensor(step.weights, device=device, dtype=dtype)
 
         def to_images(pixels: Tensor) -> Tensor:
             return (pixels * teacher.std + teacher.mean).clamp(0, 1).contiguous()
@@ -173,20 +181,21 @@ class Inverter:
         def whole() -> Tensor:
             return gathered(to_images(pixels), self.group)
 
-        noise = torch.randn((len(labels), teacher.channels, plan[0][1], plan[0][1]), generator=generator)
+        shape = (len(labels), teacher.channels, *sides(plan[0][1]))
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         own, every_label = share(len(labels), self.group), labels
-        labels, pixels = labels[own], noise[own].to(device)
+        labels, pixels = labels[own], noise[own].to(device, dtype)
         pixels = pixels.contiguous(memory_format=torch.channels_last).clamp_(low, high)
-        history = torch.zeros(total, len(step.names) + 1, device=device)  # the terms, the gradient's sum
+        history = torch.zeros(total, len(step.names) + 1, device=device, dtype=dtype)  # terms, gradient's sum
         finite = torch.ones((), dtype=torch.bool, device=device)
         copies: dict[int, Tensor] = {}
         done = 0
         for steps, size in plan:
-            if pixels.shape[-1] != size:
-                pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+            if pixels.shape[2:] != sides(size):
+                pixels = F.interpolate(pixels, size=sides(size), mode="bilinear", align_corners=False)
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             adam = PyramidAdam(pixels, settings.betas, settings.octaves, settings.chroma_lr)
-            best, best_pixels = torch.full((), math.inf, device=device), pixels.clone()
+            best, best_pixels = torch.full((), math.inf, device=device, dtype=dtype), pixels.clone()
             suspect = pixels
             for index in range(steps):
                 if done in snapshots:
@@ -223,7 +232,7 @@ class Inverter:
 
 def invert(
     teacher: Classifier,
-    labels: Tensor,
+    labels: Tensor | Sequence[str],
     objective: Objective | Term,
     settings: InversionSettings | None = None,
     *,
@@ -237,7 +246,7 @@ def invert(
 
     Args:
         teacher: the trained network; its parameters and buffers stay as they are.
-        labels: (N,) integers, the target class of each image.
+        labels: (N,) integers or class names, the target class of each image.
         objective: a sum of terms, for instance CrossEntropy() + 10.0 * FeatureStatistics().
         seed: fixes noise, jitter and flips. The same seed, machine and number of threads give the same bytes;
             on a card, with torch.use_deterministic_algorithms(True).
@@ -250,15 +259,22 @@ def invert(
         ValueError: labels empty, of a wrong type, or out of the teacher's range; objective all zero;
             a snapshot at a step that is not made; a batch that the processes do not divide.
         NoBatchNorm: feature statistics of a network that keeps none.
+        Unfit: a ValueError: no logits, no copy that answers alike, or no gradient that reaches the pixels.
         NotFinite: names the term that became NaN or infinite, itself or its gradient, and the step.
     """
     inverter = Inverter(teacher, objective, settings, group)
     return inverter(labels, seed=seed, snapshots=snapshots, callback=callback, every=every)
 
 
-def check_labels(labels: Tensor, classes: int) -> Tensor:
-    """`labels` as int64 of shape (N,), or a ValueError that says what is wrong with them."""
-    labels = torch.as_tensor(labels)
+def check_labels(labels: Tensor | Sequence[str], classes: Sequence[str]) -> Tensor:
+    """`labels`, numbers or names, as int64 (N,), or a ValueError that says what is wrong with them."""
+    labels = [labels] if isinstance(labels, str) else labels
+    if isinstance(labels, list | tuple) and any(isinstance(label, str) for label in labels):
+        unknown = [label for label in labels if label not in classes]
+        if unknown:
+            raise ValueError(f"the teacher knows no class {unknown[0]!r}{near(unknown[0], classes)}")
+        labels = [classes.index(label) for label in labels]
+    labels, classes = torch.as_tensor(labels, device=getattr(labels, "device", "cpu")).clone(), len(classes)
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
         raise ValueError(
             f"labels must be one integer per image, got shape {tuple(labels.shape)}, {labels.dtype}"
@@ -274,9 +290,11 @@ def check_labels(labels: Tensor, classes: int) -> Tensor:
     return labels.long()
 
 
-def balanced_labels(count: int, classes: int) -> Tensor:
-    """0, 1, ..., K-1, 0, 1, ...: `count` labels with every class as often as can be."""
-    return torch.arange(count) % classes
+def balanced_labels(count: int, classes: int | Sequence[str]) -> Tensor | list[str]:
+    """`count` labels with every class as often as can be: 0, 1, ..., K-1, 0, 1, ..., or names in turn."""
+    if not isinstance(classes, int):
+        return [classes[index % len(classes)] for index in range(count)]
+    return torch.arange(count, device="cpu") % classes
 
 
 def _lr(settings: InversionSettings, index: int, steps: int) -> float:

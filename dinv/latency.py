@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from scipy.interpolate import interpn
 from torch import Tensor, nn
 
 from dinv.models import Classifier, inputs_of
+from dinv.preflight import private
 
 CALLS = 20  # in one CUDA graph
 WIDTHS = (0.25, 0.5, 0.75, 1.0)  # shares of its channels at which a layer is measured
@@ -82,8 +82,8 @@ def latencies(networks: Sequence[Classifier], batch_size: int | None = None, rep
     count = batch_size or batch_of(device)
     calls = []
     for network in networks:
-        network = copy.deepcopy(network).freeze().to(memory_format=torch.channels_last)
-        images = torch.rand(count, network.channels, network.size, network.size, device=device)
+        network = private(network).freeze()
+        images = torch.rand(count, *network.shape, device=device)
         calls.append(_forward(network, images))
     return interleaved(calls, repeats, device)
 
@@ -133,14 +133,16 @@ class LatencyTable:
     @torch.no_grad()
     def measure(cls, network: Classifier, batch_size: int | None = None, repeats: int = 7) -> LatencyTable:
         """Measure `network`, layer by layer, in float32. It holds for this device and batch size."""
-        convolutions = _convolutions(network)
-        device = network.mean.device
+        network = private(network).freeze()
+        convolutions, device = _convolutions(network), network.mean.device
         count = batch_size or batch_of(device)
         with ExitStack() as stack:
             inputs = {name: stack.enter_context(inputs_of(layer)) for name, layer in convolutions.items()}
-            network(torch.zeros(1, network.channels, network.size, network.size, device=device))
+            network(torch.zeros(1, *network.shape, device=device))
         layers = {}
         for name, layer in convolutions.items():
+            if not inputs[name]:
+                continue  # of a head that only training uses
             fixed = 1 < layer.groups == layer.in_channels or name == next(iter(convolutions))
             sides = (1.0,) if fixed else WIDTHS  # a depthwise layer has as many inputs as outputs
             units = [(side, out) for side in sides for out in WIDTHS]

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinv.feature_statistics import Statistics, batchnorm_statistics, layer_distances, measure_statistics
-from dinv.models import Classifier, evaluating, inputs_of, resized, to_float
+from dinv.models import Classifier, evaluating, inputs_of, places, resized, to_float
+from dinv.preflight import preflight
 from dinv.training import accuracy, predict
 
 __all__ = [
@@ -54,8 +55,10 @@ def confidence(model: Classifier, images: Tensor) -> float:
 
 
 def agreement(one: Classifier, other: Classifier, images: Tensor) -> float:
-    """Percent of the images that two networks put into the same class, right or wrong."""
-    return 100 * (predict(one, images).argmax(1) == predict(other, images).argmax(1)).float().mean().item()
+    """Percent of the images that two networks put into the same class, right or wrong; see `places`."""
+    order, logits = places(one, other), predict(other, images)
+    answers = (logits if order is None else logits[:, order]).argmax(1)
+    return 100 * (predict(one, images).argmax(1) == answers).float().mean().item()
 
 
 def confusion_matrix(model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
@@ -127,13 +130,19 @@ def spectrum(images: Tensor, bands: int = 8) -> Tensor:
 
 
 def embed(model: Classifier, images: Tensor) -> Tensor:
-    """Inputs of the network's last linear layer, float32 (N, D): images that mean the same lie close."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(f"{model.name} has no linear layer, so no embedding before it")
-    with inputs_of(linear[-1]) as inputs:
+    """Inputs of the layer that gives the logits, float32 (N, D): images that mean the same lie close.
+
+    Before a 1x1 convolution they are averaged over positions.
+    """
+    head = preflight(model).head
+    if not head:
+        raise ValueError(
+            f"{model.name} has no embedding: no linear layer nor 1x1 convolution gives its logits"
+        )
+    with inputs_of(model.get_submodule(head)) as inputs:
         predict(model, images)
-    return torch.cat(inputs).flatten(1).float()
+    whole = torch.cat(inputs)
+    return (whole.mean((2, 3)) if whole.dim() == 4 else whole.flatten(1)).float()
 
 
 @dataclass(frozen=True)

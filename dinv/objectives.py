@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from dinv.feature_statistics import DISTANCES, Statistics, at_least_float32, batchnorm_statistics, moments
 from dinv.files import sha256_text
 from dinv.group import Group, moments_of_all
-from dinv.models.classifier import Classifier
+from dinv.models.classifier import Classifier, places
 from dinv.precision import autocast
+from dinv.preflight import private
 
 
 @dataclass(frozen=True)
@@ -207,25 +207,25 @@ class Competition(Term):
     mode, as it is when the inversion begins: train it further, and the next one sees the new weights.
 
     Args:
-        student: a network over the teacher's classes, of images in [0, 1].
+        student: a network over the teacher's classes, matched by name (`places`), of images in [0, 1].
         agreeing: count only images that both put into one class (as Fast-DFKD, Fang et al., AAAI 2022).
     """
 
     name = "competition"
+    _places: list[int] | None = None  # of the teacher's classes among the student's
 
     def __init__(self, student: Classifier, agreeing: bool = False) -> None:
         self.student, self.agreeing = student, agreeing
 
-    def bind(self, teacher: nn.Module) -> Competition:
-        one, other = len(teacher.classes), len(self.student.classes)
-        if one != other:
-            raise ValueError(f"teacher and student compete over the same classes, got {one} and {other}")
-        student = copy.deepcopy(self.student).freeze().to(next(teacher.parameters()).device)
-        return Competition(student.to(memory_format=torch.channels_last), self.agreeing)
+    def bind(self, teacher: Classifier) -> Competition:
+        bound = Competition(private(self.student).freeze().to(teacher.mean.device), self.agreeing)
+        bound._places = places(teacher, self.student)
+        return bound
 
     def __call__(self, view: View) -> Tensor:
         with autocast(view.pixels.device, view.precision):
             logits = self.student(view.images)
+        logits = logits if self._places is None else logits[:, self._places]
         divergences = jensen_shannon(view.logits, logits)
         if self.agreeing:
             divergences = divergences * (view.logits.argmax(1) == logits.argmax(1))

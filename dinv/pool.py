@@ -71,7 +71,7 @@ def synthesize(
     Raises:
         ValueError: the number of labels is no multiple of `batch_size`, besides what `invert` raises.
     """
-    labels = check_labels(labels, len(inverter.teacher.classes))
+    labels = check_labels(labels, inverter.teacher.classes)
     batch_size = min(batch_size, len(labels))
     if batch_size < 1 or len(labels) % batch_size:
         raise ValueError(f"{len(labels)} images cannot be made in whole batches of {batch_size}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from dinv.group import Group, averaged, share
 from dinv.models.classifier import Classifier
 from dinv.objectives import Competition, Objective, Term, View
 from dinv.precision import autocast, choose
+from dinv.preflight import preflight, private
 
 
 class NotFinite(FloatingPointError):
@@ -37,11 +37,15 @@ class Step:
         precision: str = "auto",
         group: Group | None = None,
     ) -> None:
-        objective = 1.0 * objective
-        self.teacher = copy.deepcopy(teacher).freeze().to(memory_format=torch.channels_last)
+        objective, called = 1.0 * objective, preflight(teacher, pixels=True).calls
+        self.teacher = private(teacher).freeze()
         self.objective = objective.bind(self.teacher)
         self.names, self.weights = self.objective.names, self.objective.weights
         self.features: dict[str, Tensor] = {}
+        for name in self.objective.layers():
+            if name in dict(teacher.named_modules()) and name not in called:
+                advice = "it is no part of what an image goes through"
+                raise ValueError(f"layer {name} of {teacher.name} is never called: {advice}")
         register_hooks(self.teacher, self.objective.layers(), self.features)
         terms = [term for weight, term in objective.parts if weight > 0]
         pairs = zip((term for _, term in self.objective.parts), terms, strict=True)
@@ -81,7 +85,7 @@ class Step:
 
     def _view(self, pixels: Tensor, labels: Tensor) -> View:
         with autocast(pixels.device, self.precision):
-            logits = self.teacher.net(pixels)
+            logits = self.teacher.logits(pixels)
         images = pixels * self.teacher.std + self.teacher.mean
         return View(pixels, labels, logits, self.features, images, self.precision, self.group)
 
@@ -135,7 +139,7 @@ def jittered(
     mask = None
     if settings.flip:
         count = len(pixels) * (group.size() if group else 1)  # drawn for all, as by a single process
-        drawn = torch.rand(count, 1, 1, 1, generator=generator)[share(count, group)]
+        drawn = torch.rand(count, 1, 1, 1, generator=generator, dtype=torch.float32)[share(count, group)]
         mask = sent(drawn, pixels.device) < 0.5
 
     def mirror(x: Tensor) -> Tensor:

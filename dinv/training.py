@@ -17,6 +17,7 @@ from dinv.data import Dataset, augment
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.models import Classifier, evaluating, to_float
 from dinv.precision import CHOICES, autocast, choose, setting
+from dinv.preflight import HALVES, preflight, settled
 
 SCHEDULES = ("linear", "steps")
 
@@ -128,7 +129,8 @@ class Updates:
     history: list[dict[str, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.optimizer = optimizer_for(self.model.to(memory_format=torch.channels_last), self.settings)
+        layout = getattr(self.model, "layout", torch.channels_last)
+        self.optimizer = optimizer_for(self.model.to(memory_format=layout), self.settings)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         saved = self.checkpoint.load()
         if saved is not None:
@@ -184,6 +186,7 @@ class Updates:
         self.history = list(meta["history"])
 
 
+@settled
 def train(
     model: Classifier,
     dataset: Dataset,
@@ -201,7 +204,8 @@ def train(
         ValueError: fewer images than one batch.
         FloatingPointError: the loss is not finite.
     """
-    settings, device = settings or TrainingSettings(), next(model.parameters()).device
+    require_trainable(model)
+    settings, device = settings or TrainingSettings(), model.mean.device
     generator, updates = torch.Generator().manual_seed(seed), len(dataset) // settings.batch_size
     if updates == 0:
         raise ValueError(f"batch_size={settings.batch_size} is larger than the {len(dataset)} images")
@@ -227,6 +231,13 @@ def train(
     return loop.history
 
 
+def require_trainable(model: Classifier) -> None:
+    """Raise a ValueError where the network cannot work as it is, or is too coarse for updates."""
+    preflight(model)
+    if model.dtype in HALVES:
+        raise ValueError(f"{model.name} is in {model.dtype}, which loses updates: call .float() first")
+
+
 def epoch_batches(
     dataset: Dataset, settings: TrainingSettings, generator: torch.Generator, low_res: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -241,16 +252,14 @@ def epoch_batches(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
+def predict(model: Classifier, images: Tensor, batch_size: int = 128) -> Tensor:
     """Logits (N, K), float32, of images (N, C, H, W): uint8, or float32 in [0, 1]; eval mode.
 
     128 small images stay in a CPU's caches between the layers: a third faster than 500.
     """
-    if images.shape[0] == 0:
-        raise ValueError("predict was given an empty batch: at least one image is needed")
-    if isinstance(model, Classifier):
-        model.check(images)
-    device, logits = next(model.parameters()).device, []
+    preflight(model)
+    model.check(images)
+    device, logits = model.mean.device, []
     with evaluating(model):
         for part in images.split(batch_size):
             part = to_float(part, device).contiguous(memory_format=torch.channels_last)
@@ -258,7 +267,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 128) -> Tensor:
     return torch.cat(logits)
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128) -> float:
+def accuracy(model: Classifier, images: Tensor, labels: Tensor, batch_size: int = 128) -> float:
     """Top-1 accuracy in percent over all images."""
     logits = predict(model, images, batch_size)
     return 100 * (logits.argmax(1) == labels.to(logits.device)).float().mean().item()

@@ -145,5 +145,5 @@ def test_the_digest_follows_the_student(tiny):
 
 
 def test_other_classes_are_refused(tiny):
-    with pytest.raises(ValueError, match="compete over the same classes, got 5 and 4"):
+    with pytest.raises(ValueError, match="the same classes: tiny has 5, tiny has 4"):
         Competition(tiny(1, classes=4)).bind(tiny(0))

@@ -55,9 +55,10 @@ def test_what_cannot_be_extended(tiny):
         extend(tiny(), ["class2"])
     with pytest.raises(ValueError, match="got none"):
         extend(tiny(), [])
-    flat = Classifier(torch.nn.Flatten(), (0.5,) * 3, (0.5,) * 3, 8, ["a", "b"], "flat")
-    with pytest.raises(ValueError, match="flat cannot be extended: its last linear layer must give its 2"):
-        extend(flat, ["c"])
+    pooled = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    flat = Classifier(pooled, (0.5,) * 3, (0.5,) * 3, 8, "abc", "flat")
+    with pytest.raises(ValueError, match="flat cannot be extended: no linear layer or 1x1 .* gives its 3"):
+        extend(flat, ["d"])
 
 
 def test_labels_follow_the_names(tiny):

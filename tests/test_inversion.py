@@ -115,7 +115,7 @@ def test_an_inverter_gives_what_invert_gives_and_follows_its_teacher(tiny):
     trained = inverter(LABELS, seed=3).images
     assert not torch.equal(first, trained)
     assert torch.equal(trained, invert(teacher, LABELS, deep_inversion(), PLAIN, seed=3).images)
-    teacher.net[8] = nn.Linear(6, 7)
+    teacher.net[3] = nn.Conv2d(4, 6, 1, bias=False)
     with pytest.raises(ValueError, match="tiny does not fit this step, make a new one: .*size mismatch"):
         inverter(LABELS)
 

@@ -87,15 +87,21 @@ def test_bfloat16_is_for_the_layers_alone(tiny, monkeypatch):
     monkeypatch.setenv("DINV_PRECISION", "bfloat16")
     teacher, student = tiny(0), tiny(1)
     kinds = []
-    for network in (teacher, student):
-        network.net[0].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+
+    def watch(*networks):
+        for network in networks:
+            network.net[0].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+
     step = Step(teacher, OBJECTIVE + 1.0 * Competition(student), False)
+    watch(*(own for own, _ in step._copies))
     labels = balanced_labels(10, 5)
     terms, gradient = step(torch.randn(10, 3, 8, 8), labels, torch.tensor(step.weights))
     assert kinds == [torch.bfloat16] * 2 and terms.dtype == gradient.dtype == torch.float32
     images = generate(teacher, labels, OBJECTIVE, GeneratorSettings(steps=1, compile="never")).images
     assert images.dtype == torch.float32
-    loss, _ = DistillStep(teacher, student, compile="never")(images)
-    assert loss.dtype == torch.float32 and {kind for kind in kinds} == {torch.bfloat16}
+    distillation = DistillStep(teacher, student, compile="never")
+    watch(distillation.teacher, distillation.student)
+    loss, _ = distillation(images)
+    assert loss.dtype == torch.float32 and kinds == [torch.bfloat16] * 4
     with autocast(CPU, "float32"):
         assert teacher.net[0](torch.zeros(1, 3, 8, 8)).dtype == torch.float32

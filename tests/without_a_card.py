@@ -30,6 +30,7 @@ from dinv.generator import GeneratorSettings, GeneratorSource, generate
 from dinv.inversion import InversionSettings, balanced_labels, invert
 from dinv.models import create_model
 from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, L2Norm, Term, TotalVariation
+from dinv.preflight import preflight
 from dinv.training import TrainingSettings, accuracy, train
 
 CARD = "stand_in"
@@ -131,6 +132,7 @@ def cases():
     """name -> work(n), in which n is how many steps or updates are made."""
     teacher, student = (create_model("resnet_digits", "digits", seed=seed).to(CARD) for seed in range(2))
     teacher.freeze()
+    preflight(teacher), preflight(student)  # once, whatever follows
     prior = CrossEntropy() + 2.5e-5 * TotalVariation() + 3e-8 * L2Norm()
     full, labels = prior + 10.0 * FeatureStatistics(), balanced_labels(8, 10)
     pool = torch.zeros(16, 1, 8, 8, dtype=torch.uint8)

@@ -2,9 +2,11 @@
 
 from dinv.models.classifier import (
     Classifier,
+    Unfit,
     evaluating,
     inputs_of,
     parameter_count,
+    places,
     resized,
     to_float,
 )
@@ -20,7 +22,7 @@ from dinv.models.zoo import (
 )
 
 __all__ = [
-    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "WeightsUnavailable",
-    "create_model", "evaluating", "inputs_of", "load_model", "load_weights", "parameter_count", "resized",
-    "shipped_models", "to_float",
+    "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "Unfit", "WeightsUnavailable",
+    "create_model", "evaluating", "inputs_of", "load_model", "load_weights", "parameter_count", "places",
+    "resized", "shipped_models", "to_float",
 ]  # fmt: skip
