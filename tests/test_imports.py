@@ -8,8 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dinv"
 FLOORS = (  # a room imports rooms of lower floors only; a folder that is named here is one room
-    "checks files figures group precision pyramid",
-    "models",
+    "checks files figures precision pyramid",
+    "group models",
     "compiling data feature_statistics latency",
     "objectives training",
     "continual metrics pruning step",
