@@ -119,6 +119,21 @@ def from_first(value: Any, group: Group) -> Any:
     return values[0]
 
 
+def by_rank(make: Callable[[], Any], group: Group | None) -> list[Any]:
+    """What `make` gives on every rank, tensors on the CPU; what it raises on one, all ranks raise."""
+    if group is None:
+        return [make()]
+    results: list[Any] = [None] * group.size()
+    try:
+        mine = make()
+    except Exception as error:
+        mine = error
+    dist.all_gather_object(results, mine, group=group)
+    for error in (result for result in results if isinstance(result, Exception)):
+        raise error
+    return results
+
+
 def of_first(checkpoint: NoCheckpoint, group: Group | None) -> NoCheckpoint:
     """Rank 0's checkpoint for all ranks: it alone writes, and where it goes on, all do."""
     return checkpoint if group is None else _OfFirst(checkpoint, group)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from dinv import objectives
+from dinv import files, objectives
 from dinv.distillation import DistillationSettings, DistillStep, InversionSource, distill
 from dinv.experiments.cache import Checkpoint
 from dinv.group import normalise_together, share
@@ -55,12 +55,16 @@ def undefined(group):
     labels = torch.tensor([0, 1, 2, 7])
     with pytest.raises(NotFinite, match="undefined became nan at step 1"):
         invert(load_model("resnet_digits"), labels, 1.0 * UndefinedAtTheEnd(), SETTINGS, group=group)
+    inverter = Inverter(load_model("resnet_digits"), 1.0 * UndefinedAtTheEnd(), SETTINGS)
+    with pytest.raises(NotFinite, match="undefined became nan at step 1"):  # in the batch of rank 1
+        synthesize(inverter, labels, batch_size=2, group=group)
     return {}
 
 
 def always_saved(group, saves=0):
     """A checkpoint of this rank's own, which is left whenever it may be; the process dies after `saves`."""
-    checkpoint = Checkpoint(Path(os.environ["FOLDER"]) / f"rank{group.rank()}", "a test")
+    number = group.rank() if group else 0
+    checkpoint = Checkpoint(Path(os.environ["FOLDER"]) / f"rank{number}", "a test")
     checkpoint.path.parent.mkdir(exist_ok=True)
     checkpoint.share, save, left = 1e9, checkpoint.save, [saves]
 
@@ -85,6 +89,18 @@ def pool(group, saves=0):
 
 def killed(group):
     return pool(group, saves=1)
+
+
+def dealt(group, saves=0):
+    """Three batches, one process each."""
+    inverter = Inverter(load_model("resnet_digits"), 1.0 * CrossEntropy() + FeatureStatistics(), SETTINGS)
+    options = {"batch_size": 8, "snapshots": (0, 9), "checkpoint": always_saved(group, saves)}
+    tensors, values = files.packed(synthesize(inverter, LABELS, group=group, **options))
+    return tensors | {"terms": values["terms"]}
+
+
+def killed_dealt(group):
+    return dealt(group, saves=1)
 
 
 def student(group, checkpoint=None):
@@ -170,6 +186,26 @@ def test_a_killed_pool_goes_on_to_the_same_bytes(tmp_path):
     again = two(tmp_path, pool)
     assert torch.equal(again[0]["images"], again[1]["images"])
     assert torch.equal(again[0]["images"], whole[0]["images"])
+
+
+def test_a_pool_dealt_out_is_that_of_one_process_and_goes_on_with_any_number(tmp_path, monkeypatch):
+    for name in ("alone", "two", "killed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("FOLDER", str(tmp_path / "alone"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone, found = dealt(None), two(tmp_path / "two", dealt)
+    two(tmp_path / "killed", killed_dealt, fails=True)
+    monkeypatch.setenv("FOLDER", str(tmp_path / "killed"))
+    tensors, _ = always_saved(None).load()
+    assert len(tensors["images"]) == 16 and not (tmp_path / "killed/rank1/partial.safetensors").exists()
+    found += [dealt(None)]  # goes on alone
+    torch.set_num_threads(threads)
+    for one in found:
+        assert one["terms"] == alone["terms"]
+        assert all(
+            torch.equal(alone[name], one[name]) for name in ("images", "losses", "snapshots", "labels")
+        )
 
 
 def test_two_processes_distil_as_one_does_and_go_on_to_the_same_bytes(tmp_path):
