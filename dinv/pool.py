@@ -82,7 +82,7 @@ def synthesize(
     batch_size = min(batch_size, len(labels))
     if batch_size < 1 or len(labels) % batch_size:
         raise ValueError(f"{len(labels)} images cannot be made in whole batches of {batch_size}")
-    inverter.prepare(len(labels))
+    by_rank(lambda: inverter.prepare(len(labels)) and None, group)
     size = inverter.teacher.size
     steps = sum(steps for steps, _ in inverter.settings.plan(size))
     pool = Pool(torch.zeros(0), labels.cpu(), snapshot_steps=tuple(snapshots))

@@ -18,7 +18,7 @@ FLOORS = (  # a room imports rooms of lower floors only; a folder that is named 
     "distillation",
     "generator",
     "experiments.device experiments.overrides experiments.paper",
-    "experiments.profiles",
+    "experiments.processes experiments.profiles",
     "experiments.cache",
     "experiments.results experiments.stages experiments.pruning",
     "experiments.continual experiments.imagenet experiments.notebook experiments.table1",
