@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dinv.checks import check_settings
 from dinv.compiling import Compiled, compiler_available
-from dinv.data import augment
-from dinv.data.dataset import sent
+from dinv.data import augment, mixup
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
+from dinv.group import Group, average_, normalise_together, of_first, share
 from dinv.inversion import InversionSettings, Inverter, balanced_labels
 from dinv.models import Classifier, evaluating, places
 from dinv.objectives import Competition, Objective, Term
@@ -68,6 +68,7 @@ class Source:
     """
 
     start: Tensor
+    group: Group | None = None  # set by `distill`: processes that may share the work; each returns all
     compile_seconds = 0.0
 
     def __call__(self, round: int, student: Classifier) -> Tensor | None:
@@ -81,8 +82,8 @@ class Source:
         pass
 
     def digest_parts(self) -> dict[str, Any]:
-        """All that decides the images, for `files.digest`: the public attributes."""
-        return {k: v for k, v in vars(self).items() if k[0] != "_" and k != "compile_seconds"}
+        """All that decides the images, for `files.digest`."""
+        return {k: v for k, v in vars(self).items() if k[0] != "_" and k not in ("compile_seconds", "group")}
 
 
 class FixedImages(Source):
@@ -149,7 +150,7 @@ class InversionSource(Source):
             objective = self.objective
             if self.competition:
                 objective = objective + self.competition * Competition(student)
-            self._inverter = Inverter(self.teacher, objective, self.settings)
+            self._inverter = Inverter(self.teacher, objective, self.settings, self.group)
         if self.competition:
             self._inverter.prepare(self.batch_size).load_student(student)
         result = self._inverter(self.labels(round), seed=batch_seed(self.seed, self._first + round))
@@ -161,7 +162,8 @@ class DistillStep:
     """`step(images) -> (loss, agreement)` on one batch, from private copies of both networks, compiled.
 
     `student` is the copy that learns. `begin` takes over the weights of a teacher and a student, so that one
-    compiled step serves every student of the same kind, as long as you hold it.
+    compiled step serves every student of the same kind, as long as you hold it. With a `group` each rank is
+    given the whole batch and takes its share, uncompiled; loss, gradient and BatchNorm are of the whole.
     """
 
     def __init__(
@@ -171,13 +173,15 @@ class DistillStep:
         temperature: float = 3.0,
         compile: str = "always",
         precision: str = "auto",
+        group: Group | None = None,
     ) -> None:
         self.teacher, self.student = private(teacher).freeze(), private(student).requires_grad_(True)
-        self.temperature, self._places = temperature, places(student, teacher)
+        self.temperature, self.group, self._places = temperature, group, places(student, teacher)
         self.precision = choose(precision, teacher.mean.device, teacher, student)
-        compiled = compile == "always" and compiler_available(teacher.mean.device)
+        compiled = compile == "always" and group is None and compiler_available(teacher.mean.device)
+        normalise_together(self.student, group)
         self._compiled = Compiled(self._forward, self.student, compiled)
-        self._step = GradientStep(self._compiled, self.student)
+        self._step = GradientStep(self._compiled, self.student, group is None)
 
     @property
     def compile_seconds(self) -> float:
@@ -190,7 +194,11 @@ class DistillStep:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, whose gradient is left in the student's parameters, and the share of equal answers."""
-        return self._step(images)
+        if self.group is None:
+            return self._step(images)
+        outputs = self._step(images[share(len(images), self.group)])
+        average_([*outputs, *(p.grad for p in self._step.parameters if p.grad is not None)], self.group)
+        return outputs
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(images.device, self.precision):
@@ -265,7 +273,7 @@ def distill(
         source: a `Source`, or images as for `FixedImages`. `seed` is that of draws and augmentation.
         watch: called with the round (from 1) and the student, in eval mode, after every round; its numbers
             go into the history and nowhere else.
-        step: a compiled step to use again, of the same temperature and kinds of networks.
+        step: for this temperature and kinds of networks: a compiled one to use again, or one with a group.
         checkpoint: with it, a killed distillation goes on at a later round to the same bytes.
 
     Raises:
@@ -278,6 +286,8 @@ def distill(
     step = step or DistillStep(teacher, student, settings.temperature, settings.compile, settings.precision)
     if step.temperature != settings.temperature:
         raise ValueError(f"a step of temperature {step.temperature} for {settings.temperature}: make another")
+    share(settings.batch_size, step.group)  # refused now if the processes do not divide it
+    source.group, checkpoint = step.group, of_first(checkpoint, step.group)
     step.begin(teacher, student)
     generator, pool = torch.Generator().manual_seed(seed), _Pool(source, teacher.mean.device)
     total = settings.rounds * settings.updates
@@ -323,15 +333,6 @@ def _batches(
         batch = batch.float().div_(255)
         batch = mixup(batch, generator) if settings.mixup else batch
         yield batch.contiguous(memory_format=torch.channels_last)
-
-
-def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image (N, C, H, W) blended with the one before it, in shares of its own, uniform in [0, 1).
-
-    Mixup (Zhang et al., 2018); the teacher labels the blend (Beyer et al., 2022), and a pool lasts longer.
-    """
-    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
-    return torch.lerp(images, images.roll(1, 0), sent(share, images.device))
 
 
 def _as_uint8(images: Tensor) -> Tensor:

@@ -131,6 +131,9 @@ class Inverter:
     def digest_parts(self) -> Any:
         return self.teacher, self.objective, self.settings
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_step": None}  # whose hooks cannot be sent to another process
+
     def prepare(self, images: int) -> Step:
         """The step, made the first time; "auto" compiles it if `images` images are worth it."""
         if self._step is None:

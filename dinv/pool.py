@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinv import files
+from dinv.group import Group, by_rank, of_first
 from dinv.inversion import Inverter, Progress, check_labels
 from dinv.models.classifier import resized
 
@@ -62,11 +63,17 @@ def synthesize(
     seed: int = 0,
     snapshots: tuple[int, ...] = (),
     checkpoint: Any = files.NO_CHECKPOINT,
+    group: Group | None = None,
 ) -> Pool:
     """Invert for all `labels`, `batch_size` images at a time; a larger batch size means one batch.
 
     Every batch has a seed of its own, derived from `seed` and its number; with a checkpoint a
     killed synthesis goes on at its next batch and ends in the same images.
+
+    Args:
+        group: processes that all call with equal arguments. Each makes every n-th batch and gets the whole
+            pool, byte for byte that of one process with as many threads. (With an inverter that has a group
+            they share every batch.) Rank 0's checkpoint is that of all, for any number of processes.
 
     Raises:
         ValueError: the number of labels is no multiple of `batch_size`, besides what `invert` raises.
@@ -75,31 +82,44 @@ def synthesize(
     batch_size = min(batch_size, len(labels))
     if batch_size < 1 or len(labels) % batch_size:
         raise ValueError(f"{len(labels)} images cannot be made in whole batches of {batch_size}")
-    inverter.prepare(len(labels))
+    by_rank(lambda: inverter.prepare(len(labels)) and None, group)
     size = inverter.teacher.size
     steps = sum(steps for steps, _ in inverter.settings.plan(size))
     pool = Pool(torch.zeros(0), labels.cpu(), snapshot_steps=tuple(snapshots))
     parts, batches = labels.split(batch_size), []
+    checkpoint = of_first(checkpoint, group or inverter.group)
     saved = checkpoint.load()
     if saved is not None:
         tensors, meta = saved
         batches = list(tensors["images"].split(batch_size))
         pool = files.unpacked(Pool, tensors, meta)
-    for number in range(len(batches), len(parts)):
 
-        def report(progress: Progress, number: int = number) -> None:
+    def one_batch() -> Pool | None:
+        number = len(batches) + (group.rank() if group else 0)
+        if number >= len(parts):
+            return None
+
+        def report(progress: Progress) -> None:
             checkpoint.progress(number * steps + progress.step, len(parts) * steps)
 
         now = snapshots if number == 0 else ()
         result = inverter(parts[number], seed=batch_seed(seed, number), snapshots=now, callback=report)
-        batches.append(to_uint8(result.images))
-        pool.terms = tuple(result.losses)
-        curves = torch.tensor([result.losses[name] for name in pool.terms], dtype=torch.float64).T
-        pool.losses = curves if number == 0 else pool.losses + (curves - pool.losses) / (number + 1)
+        curves = torch.tensor(list(result.losses.values()), dtype=torch.float64).T
+        batch = Pool(to_uint8(result.images), parts[number].cpu(), curves, terms=tuple(result.losses))
         if now:
-            pool.snapshots = torch.stack([to_uint8(resized(result.snapshots[s], size)) for s in snapshots])
-        pool.seconds += result.seconds
-        pool.compile_seconds += result.compile_seconds
+            batch.snapshots = torch.stack([to_uint8(resized(result.snapshots[s], size)) for s in now])
+        return replace(batch, seconds=result.seconds, compile_seconds=result.compile_seconds)
+
+    while len(batches) < len(parts):
+        made = [batch for batch in by_rank(one_batch, group) if batch is not None]
+        for batch in made:
+            batches.append(batch.images)
+            if len(batches) == 1:
+                pool.losses, pool.snapshots, pool.terms = batch.losses, batch.snapshots, batch.terms
+            else:
+                pool.losses = pool.losses + (batch.losses - pool.losses) / len(batches)
+        pool.seconds += max(batch.seconds for batch in made)
+        pool.compile_seconds += max(batch.compile_seconds for batch in made)
         checkpoint.save(lambda: files.packed(replace(pool, images=torch.cat(batches))))
     return replace(pool, images=torch.cat(batches))
 

@@ -22,7 +22,7 @@ from ipykernel.kernelspec import write_kernel_spec
 from tqdm import tqdm
 
 from dinv.checks import near
-from dinv.experiments import device
+from dinv.experiments import device, processes
 from dinv.experiments.profiles import flat, load_profile
 from dinv.experiments.results import claims_table, read_provenance, read_rows, update_readme
 from dinv.files import cache_root, figures_root, make_folder, repository_root, write_text
@@ -37,17 +37,19 @@ def main(argv: Sequence[str]) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="dinv-") as scratch:
             own_kernel(scratch)
-            if os.environ.get("WORLD_SIZE", "1") != "1":
-                raise ValueError("torchrun's processes would all make the same: notebooks run in one process")
+            if processes.count() > 1 and word != "reproduce":
+                raise ValueError(f"torchrun's processes would all do the same: `{word}` runs in one")
             if word == "reproduce":
                 return reproduce(rest)
             return lab(rest) if word == "lab" else run_all(steps(word, rest, scratch))
     except (ValueError, OSError) as error:
-        print(f"reproduce.sh: error: {error}", file=sys.stderr)
+        if processes.rank() == 0:
+            print(f"reproduce.sh: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nreproduce.sh: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as reason:
+        text = str(reason) or "interrupted"
+        print(f"\nreproduce.sh: {text}; the same command goes on", file=sys.stderr, flush=True)
+        return 1 if str(reason) else 130
 
 
 def own_kernel(folder: str) -> None:
@@ -100,11 +102,16 @@ def notebooks(only: Sequence[str] = ()) -> list[Path]:
 
 
 def reproduce(words: Sequence[str]) -> int:
-    """Run the notebooks in order, also after one failed; then show the claims."""
+    """Run the notebooks in order, also after one failed; then show the claims. Other ranks help."""
     options, parameters, sources = parse(words)
     folder, began, failed = figures_root() / parameters["profile"], time.monotonic(), []
     if options.list:
-        return show_list(folder, sources)
+        return 0 if processes.rank() else show_list(folder, sources)
+    if processes.count() > 1:
+        processes.begin(folder.name)
+    if processes.rank():
+        processes.help_with([source.stem for source in sources])
+        return 0
     os.environ |= {"DINV_DEVICE": device.pick(folder.name), "DINV_QUIET": "1"}
     make_folder(folder, "DINV_FIGURES"), make_folder(cache_root(), "DINV_CACHE")
     where = f"{os.environ['DINV_DEVICE']} in {device.precision()}"
@@ -112,7 +119,11 @@ def reproduce(words: Sequence[str]) -> int:
     for number, source in enumerate(sources, 1):
         print(f"[{number}/{len(sources)}] {source.stem}", flush=True)
         started, output = time.monotonic(), folder / "notebooks" / source.name
-        if reason := execute(source, output, parameters):
+        os.environ["DINV_NOTEBOOK"] = source.stem
+        reason = execute(source, output, parameters)
+        if processes.count() > 1:
+            processes.over(source.stem)
+        if reason:
             failed.append(source.stem)
             print(f"\n{source.stem} failed:\n{reason}\n\nexecuted so far: {output}", file=sys.stderr)
             continue

@@ -82,12 +82,15 @@ def optimizer_for(model: nn.Module, settings: UpdateSettings) -> torch.optim.SGD
 class GradientStep:
     """`step(*inputs)`: what `forward` gives, a loss first; its gradient is left in `model`'s parameters.
 
-    On a card it is recorded, see `Recorded`: outputs and gradients are overwritten by the next call.
+    On a card it is recorded unless `record` is False: outputs and gradients are overwritten by the next call.
     """
 
-    def __init__(self, forward: Callable[..., tuple[Tensor, ...]], model: nn.Module) -> None:
+    def __init__(
+        self, forward: Callable[..., tuple[Tensor, ...]], model: nn.Module, record: bool = True
+    ) -> None:
         self.forward, self.parameters = forward, [p for p in model.parameters() if p.requires_grad]
         self._recorded = Recorded(self._run, model)
+        self._recorded.on = record
 
     def _run(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         outputs = self.forward(*inputs)

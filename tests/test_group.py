@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from dinv import objectives
+from dinv import files, objectives
+from dinv.distillation import DistillationSettings, DistillStep, InversionSource, distill
 from dinv.experiments.cache import Checkpoint
-from dinv.group import share
+from dinv.group import normalise_together, share
 from dinv.inversion import InversionSettings, Inverter, balanced_labels, invert
 from dinv.models import create_model, load_model
 from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, L2Norm, Term, TotalVariation
@@ -54,28 +55,77 @@ def undefined(group):
     labels = torch.tensor([0, 1, 2, 7])
     with pytest.raises(NotFinite, match="undefined became nan at step 1"):
         invert(load_model("resnet_digits"), labels, 1.0 * UndefinedAtTheEnd(), SETTINGS, group=group)
+    inverter = Inverter(load_model("resnet_digits"), 1.0 * UndefinedAtTheEnd(), SETTINGS)
+    with pytest.raises(NotFinite, match="undefined became nan at step 1"):  # in the batch of rank 1
+        synthesize(inverter, labels, batch_size=2, group=group)
     return {}
 
 
-def pool(group, dies=False):
-    inverter = Inverter(
-        load_model("resnet_digits"), 1.0 * CrossEntropy() + FeatureStatistics(), SETTINGS, group
-    )
-    checkpoint = Checkpoint(Path(os.environ["FOLDER"]) / f"rank{group.rank()}", "a pool")
+def always_saved(group, saves=0):
+    """A checkpoint of this rank's own, which is left whenever it may be; the process dies after `saves`."""
+    number = group.rank() if group else 0
+    checkpoint = Checkpoint(Path(os.environ["FOLDER"]) / f"rank{number}", "a test")
     checkpoint.path.parent.mkdir(exist_ok=True)
-    checkpoint.share = 1e9
-    save = checkpoint.save
+    checkpoint.share, save, left = 1e9, checkpoint.save, [saves]
 
     def save_and_die(make):
         save(make)
-        os._exit(9)
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
 
-    checkpoint.save = save_and_die if dies else save
-    return {"images": synthesize(inverter, LABELS, batch_size=8, checkpoint=checkpoint).images}
+    checkpoint.save = save_and_die
+    return checkpoint
+
+
+def pool(group, saves=0):
+    inverter = Inverter(
+        load_model("resnet_digits"), 1.0 * CrossEntropy() + FeatureStatistics(), SETTINGS, group
+    )
+    return {
+        "images": synthesize(inverter, LABELS, batch_size=8, checkpoint=always_saved(group, saves)).images
+    }
 
 
 def killed(group):
-    return pool(group, dies=True)
+    return pool(group, saves=1)
+
+
+def dealt(group, saves=0):
+    """Three batches, one process each."""
+    inverter = Inverter(load_model("resnet_digits"), 1.0 * CrossEntropy() + FeatureStatistics(), SETTINGS)
+    options = {"batch_size": 8, "snapshots": (0, 9), "checkpoint": always_saved(group, saves)}
+    tensors, values = files.packed(synthesize(inverter, LABELS, group=group, **options))
+    return tensors | {"terms": values["terms"]}
+
+
+def killed_dealt(group):
+    return dealt(group, saves=1)
+
+
+def student(group, checkpoint=None):
+    """Three rounds of adaptive images and blends: the weights, and the numbers of the history."""
+    teacher, learner = load_model("resnet_digits"), create_model("vgg_digits", "digits", seed=1)
+    brief = InversionSettings(steps=3, lr=0.1, precision="float32", compile="never")
+    source = InversionSource(
+        teacher, CrossEntropy() + FeatureStatistics(), brief, batch_size=12, competition=1.0
+    )
+    settings = DistillationSettings(
+        rounds=3, updates=2, batch_size=12, lr=0.02, pad=1, mixup=True, precision="float32"
+    )
+    step = DistillStep(teacher, learner, compile="never", precision="float32", group=group)
+    saved = {} if checkpoint is None else {"checkpoint": checkpoint}
+    result = distill(teacher, learner, source, settings, step=step, **saved)
+    numbers = [[record[name] for name in ("loss", "agreement", "fresh")] for record in result.history]
+    return dict(learner.state_dict()) | {"images": result.images, "numbers": torch.tensor(numbers)}
+
+
+def saved_student(group):
+    return student(group, always_saved(group))
+
+
+def killed_student(group):
+    return student(group, always_saved(group, saves=1))
 
 
 def lost(group):
@@ -136,6 +186,46 @@ def test_a_killed_pool_goes_on_to_the_same_bytes(tmp_path):
     again = two(tmp_path, pool)
     assert torch.equal(again[0]["images"], again[1]["images"])
     assert torch.equal(again[0]["images"], whole[0]["images"])
+
+
+def test_a_pool_dealt_out_is_that_of_one_process_and_goes_on_with_any_number(tmp_path, monkeypatch):
+    for name in ("alone", "two", "killed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("FOLDER", str(tmp_path / "alone"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone, found = dealt(None), two(tmp_path / "two", dealt)
+    two(tmp_path / "killed", killed_dealt, fails=True)
+    monkeypatch.setenv("FOLDER", str(tmp_path / "killed"))
+    tensors, _ = always_saved(None).load()
+    assert len(tensors["images"]) == 16 and not (tmp_path / "killed/rank1/partial.safetensors").exists()
+    found += [dealt(None)]  # goes on alone
+    torch.set_num_threads(threads)
+    for one in found:
+        assert one["terms"] == alone["terms"]
+        assert all(
+            torch.equal(alone[name], one[name]) for name in ("images", "losses", "snapshots", "labels")
+        )
+
+
+def test_two_processes_distil_as_one_does_and_go_on_to_the_same_bytes(tmp_path):
+    alone, (first, second) = student(None), two(tmp_path, saved_student)
+    assert first.keys() == alone.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        torch.testing.assert_close(value.double(), alone[name].double(), rtol=1e-4, atol=1e-4, msg=name)
+    (tmp_path / "again").mkdir()
+    two(tmp_path / "again", killed_student, fails=True)
+    again, _ = two(tmp_path / "again", saved_student)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_a_student_that_cannot_be_shared_is_refused():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.BatchNorm1d(4))
+    normalise_together(network, None)
+    assert type(network[0]) is torch.nn.BatchNorm2d
+    with pytest.raises(ValueError, match=r"1 = BatchNorm1d\(4, .* cannot be shared by processes"):
+        normalise_together(network, object())
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dinv"
 FLOORS = (  # a room imports rooms of lower floors only; a folder that is named here is one room
-    "checks files figures group precision pyramid",
-    "models",
+    "checks files figures precision pyramid",
+    "group models",
     "preflight",
     "compiling data feature_statistics latency",
     "objectives training",
@@ -19,7 +19,7 @@ FLOORS = (  # a room imports rooms of lower floors only; a folder that is named 
     "distillation",
     "generator",
     "experiments.device experiments.overrides experiments.paper",
-    "experiments.profiles",
+    "experiments.processes experiments.profiles",
     "experiments.cache",
     "experiments.results experiments.stages experiments.pruning",
     "experiments.continual experiments.imagenet experiments.notebook experiments.table1",

@@ -119,18 +119,23 @@ def test_misspelt_or_impossible_ends_before_anything_runs(folder, capsys, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "line", "message"),
     [
-        ("DINV_PRECISION", "half", "unknown precision 'half': choose auto, float32, bfloat16"),
-        ("WORLD_SIZE", "2", "notebooks run in one process"),
+        (
+            "DINV_PRECISION",
+            "half",
+            "--profile smoke",
+            "unknown precision 'half': choose auto, float32, bfloat16",
+        ),
+        ("WORLD_SIZE", "2", "bench", "torchrun's processes would all do the same: `bench` runs in one"),
     ],
 )
 def test_a_surrounding_that_does_not_fit_ends_before_anything_runs(
-    folder, capsys, monkeypatch, name, value, message
+    folder, capsys, monkeypatch, name, value, line, message
 ):
     monkeypatch.setenv(name, value)
     write_notebook(folder, "00_teacher")
-    assert reproduce.main(["--profile", "smoke"]) == 2
+    assert reproduce.main(line.split()) == 2
     assert message in capsys.readouterr().err
 
 

@@ -164,7 +164,11 @@ def test_provenance_is_short_and_the_ledger_goes_to_the_cache(apart, ledger):
     assert entry["settings"] == {"inversion.steps": 7} and entry["seconds"] >= 100
     assert entry["command"] == "./reproduce.sh --profile smoke --only 02 --set inversion.steps=7"
     assert entry["versions"].keys() == {"python", "torch", "torchvision", "numpy"} and entry["device"]
-    assert entry["threads"] == torch.get_num_threads() and entry["precision"] == "float32"
+    assert (
+        entry["processes"] == 1
+        and entry["threads"] == torch.get_num_threads()
+        and entry["precision"] == "float32"
+    )
     assert 50 < entry["peak_memory_mb"] < 100_000 and len(json.dumps(entry)) < 1000
     kept = json.loads((apart / "runs" / "chapters" / "smoke-02_example.json").read_text())
     assert kept == {"seconds": entry["seconds"], "stages": ledger}

@@ -146,6 +146,15 @@ def augment(images: Tensor, generator: torch.Generator, pad: int = 4, flip: bool
     return flat.gather(2, pixels.expand_as(flat)).view(images.shape)
 
 
+def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image (N, C, H, W) blended with the one before it, in shares of its own, uniform in [0, 1).
+
+    Mixup (Zhang et al., 2018); the teacher labels the blend (Beyer et al., 2022), and a pool lasts longer.
+    """
+    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
+    return torch.lerp(images, images.roll(1, 0), sent(share, images.device))
+
+
 def sent(draws: Tensor, device: torch.device) -> Tensor:
     """`draws` on `device`; a card takes them from pinned memory, so that nobody waits for it."""
     if device.type == "cuda" and not draws.is_cuda:

@@ -3,7 +3,8 @@
     @stage("pool", version=1)
     def synthesize(inverter, labels, *, seed=0, checkpoint=NO_CHECKPOINT) -> Pool: ...
 
-The key of a call is the digest of every argument but `checkpoint`, of the kind of device and the precision.
+The key of a call is the digest of every argument but `checkpoint` and `group`, of the kind of device and the
+precision.
 `<cache root>/<kind>-<key>/` holds
 
     data.safetensors      the tensors of the result; in its header the other fields, key, label, checksum
@@ -15,12 +16,12 @@ its checksum, named on stderr, and made again. To make a stage again, delete its
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dinv import files
-from dinv.experiments import device
+from dinv.experiments import device, processes
 from dinv.files import Corrupt
 from dinv.models import Classifier
 
@@ -41,7 +42,7 @@ def stage(kind: str, version: int = 1) -> Callable:
     The function returns a dataclass of tensors, dicts of tensors and what JSON can hold, named in its return
     annotation. A field `seconds` is filled with the wall time that the stage took over all its parts. The
     tensors of a result lie on the CPU. Raise `version` when the code makes something else of the same
-    arguments.
+    arguments. A function that takes `group` is called in all processes of the run, see `processes`.
 
     The decorated function raises TypeError for an argument that has no digest, naming it, and OSError when
     the disk is full.
@@ -50,11 +51,13 @@ def stage(kind: str, version: int = 1) -> Callable:
     def decorate(function: Callable) -> Callable:
         signature = inspect.signature(function)
 
-        @functools.wraps(function)
+        @wraps(function)
         def cached(*arguments: Any, **options: Any) -> Any:
             bound = signature.bind(*arguments, **options)
             bound.apply_defaults()
             resumes = bound.arguments.pop("checkpoint", None) is not None
+            call = function if "group" not in bound.arguments else partial(processes.together, function)
+            bound.arguments.pop("group", None)
             parts = [kind, version, device.current(), device.precision()]
             given = files.digest(dict(bound.arguments), function.__name__)
             key = files.sha256_text(files.digest(parts) + given)
@@ -66,7 +69,7 @@ def stage(kind: str, version: int = 1) -> Callable:
                 if made := kept is None:
                     checkpoint = Checkpoint(folder, label)
                     bound.arguments |= {"checkpoint": checkpoint} if resumes else {}
-                    _make(lambda: function(*bound.args, **bound.kwargs), checkpoint, path, key)
+                    _make(lambda: call(*bound.args, **bound.kwargs), checkpoint, path, key)
                     kept = _load(path, key, label, result_class)
             result, seconds = kept
             entry = {"kind": kind, "label": label, "key": key, "seconds": round(seconds, 2)}

@@ -26,7 +26,7 @@ import torch
 from scipy.stats import t as student_t
 
 from dinv.checks import near
-from dinv.experiments import cache, device
+from dinv.experiments import cache, device, processes
 from dinv.experiments.profiles import SEEDED, Profile, flat, load_profile
 from dinv.files import cache_root, figures_root, locked, make_folder, repository_root, write_text
 
@@ -244,6 +244,7 @@ def provenance(chapter: str, profile: Profile) -> dict[str, Any]:
     described = {"command": command_line(chapter, profile), "date": time.strftime("%Y-%m-%d")}
     described |= {"commit": commit, "dirty": dirty, "settings": changed_settings(profile)}
     described |= {"versions": versions | {"python": sys.version.split()[0]}, "device": device.device_name()}
+    described |= {"processes": processes.count()}
     described |= {"threads": torch.get_num_threads(), "precision": device.precision()}
     described |= {"peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10))}
     return described | {"peak_cuda_memory_mb": round(torch.cuda.max_memory_reserved() / 2**20)}
