@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "dinv"
 FLOORS = (  # a room imports rooms of lower floors only; a folder that is named here is one room
     "checks files figures group precision pyramid",
     "models",
-    "compiling data feature_statistics latency",
+    "compiling data feature_statistics latency pruning_graph",
     "objectives training",
     "continual metrics pruning step",
     "inversion",
