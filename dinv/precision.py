@@ -6,6 +6,8 @@ Weights, statistics, losses and softmax are float32 in either case.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from typing import Any
 
@@ -51,3 +53,15 @@ def supported(device: torch.device) -> bool:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """While open, layers compute in `precision`, "float32" or "bfloat16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """While open, new tensors are float32 and on the CPU, whatever default type and device the user set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -25,7 +25,7 @@ FROZEN = {"weight", "bias", "running_mean", "running_var"}  # torchvision's and 
 
 def frozen_norm(layer: nn.Module) -> bool:
     """Whether this is a BatchNorm whose weights are buffers, too: a class of its own, no `_BatchNorm`."""
-    return FROZEN == set(getattr(layer, "_buffers", ()))  # torch-pruning's layers may be bare parameters
+    return set(getattr(layer, "_buffers", ())) == FROZEN  # torch-pruning's layers may be bare parameters
 
 
 class _FrozenPruner:

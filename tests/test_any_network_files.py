@@ -1,0 +1,100 @@
+"""Files as others write them, on the machines that others have: weights, folders of images, figures, locks."""
+
+import argparse
+
+import pytest
+import torch
+from torch import nn
+
+from dinv.models import CorruptCheckpoint, create_model, load_model, load_weights
+
+NAME, TEN = "torchvision:mobilenet_v3_small", [f"class {k}" for k in range(10)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Someone else's network of ten classes: its state dictionary, plain."""
+    from torchvision.models import mobilenet_v3_small
+
+    torch.manual_seed(5)
+    state = mobilenet_v3_small(num_classes=10).state_dict()
+    return {k: v + 0.5 if k.endswith("running_mean") else v for k, v in state.items()}
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+SAVED = {
+    "plain": lambda s: s,
+    "module.": lambda s: {"state_dict": prefixed("module.", s), "epoch": 90},
+    "_orig_mod.": lambda s: prefixed("_orig_mod.", s),
+    "inside": lambda s: {k.replace("features.3.", "features.3._orig_mod.module."): v for k, v in s.items()},
+    "net": lambda s: {"net": prefixed("module._orig_mod.", s), "optimizer": {"state": {0: {"exp": s}}}},
+    "model": lambda s: {"model": {"state_dict": prefixed("backbone.model.", s)}},
+    "lightning": lambda s: {"state_dict": prefixed("model.", s) | {"criterion.weight": torch.ones(10)}},
+    "ema": lambda s: {
+        "state_dict": {k: torch.zeros_like(v) for k, v in s.items()}, "state_dict_ema": prefixed("module.", s)
+    },
+    "ema.": lambda s: prefixed("ema.module.", s) | {"module." + k: torch.zeros_like(v) for k, v in s.items()},
+    "own": lambda s: prefixed("net.", s) | {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)},
+    "unnumbered": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", SAVED)
+def test_a_checkpoint_as_the_world_writes_it(trained, tmp_path, way):
+    torch.save(SAVED[way](trained), tmp_path / "a.pt")
+    loaded = load_model(NAME, checkpoint=tmp_path / "a.pt", classes=TEN)
+    assert loaded.classes == tuple(TEN) and not loaded.training
+    for name, value in loaded.net.state_dict().items():
+        assert torch.equal(value, trained[name]) or name.endswith("num_batches_tracked")
+    assert loaded.mean.flatten().tolist() == pytest.approx(
+        [0, 0, 0] if way == "own" else [0.485, 0.456, 0.406]
+    )
+
+
+def test_a_checkpoint_with_another_head_or_of_another_network(trained, tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save(trained, path)
+    head = "its head has 10 outputs, not 1000: pass classes= with their names"
+    with pytest.raises(CorruptCheckpoint, match=f"a.pt does not fit mobilenet_v3_small: {head}"):
+        load_model(NAME, checkpoint=path)
+    with pytest.raises(
+        CorruptCheckpoint, match=r"it holds features.0.0.weight, .*; expected tensors such as 0\.weight"
+    ):
+        load_weights(create_model("cifar_vgg11"), path)
+    gone = {k: v for k, v in trained.items() if "features.1." not in k} | {"more": torch.ones(1)}
+    torch.save(gone | {"features.0.0.weight": torch.ones(16, 1, 3, 3)}, path)
+    with pytest.raises(CorruptCheckpoint) as error:
+        load_model(NAME, checkpoint=path, classes=TEN)
+    missing, more, other = str(error.value).partition("mobilenet_v3_small: ")[2].split("; ")
+    assert missing.startswith("14 tensors missing (features.1.block.0.0.weight, ") and missing.endswith(
+        ", ...)"
+    )
+    assert more == "1 tensors unexpected (more)"
+    assert other.endswith("(features.0.0.weight (16, 1, 3, 3) for (16, 3, 3, 3))")
+    torch.save(prefixed("query.", trained) | prefixed("key.", trained), path)
+    with pytest.raises(
+        CorruptCheckpoint, match="more than one mobilenet_v3_small, at query., key.: save one"
+    ):
+        load_model(NAME, checkpoint=path, classes=TEN)
+
+
+@pytest.mark.parametrize("content", [nn.Linear(2, 2), {"state_dict": {}, "args": argparse.Namespace(lr=0.1)}])
+def test_python_objects_are_refused_in_two_lines(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CorruptCheckpoint) as error:
+        load_model("resnet_digits", checkpoint=tmp_path / "a.pt")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2 and lines[1].endswith('save it again with torch.save(net.state_dict(), "a.pt")')
+    assert "\\x1b" not in repr(str(error.value)) and "weights_only" not in str(error.value)
+
+
+def test_a_head_as_wide_as_the_classes():
+    for name in (NAME, "timm:tinynet_e", "package:efficientnet_lite0", "torchvision:inception_v3"):
+        model = create_model(name, classes="abc").eval()
+        assert model.classes == ("a", "b", "c")
+        assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+    with pytest.raises(ValueError, match="classes of its own: classes= goes with checkpoint="):
+        load_model("resnet_digits", classes="abc")
