@@ -1,11 +1,16 @@
 """Files as others write them, on the machines that others have: weights, folders of images, figures, locks."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
+from dinv import figures
+from dinv.files import locked
 from dinv.models import CorruptCheckpoint, create_model, load_model, load_weights
 
 NAME, TEN = "torchvision:mobilenet_v3_small", [f"class {k}" for k in range(10)]
@@ -98,3 +103,39 @@ def test_a_head_as_wide_as_the_classes():
         assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
     with pytest.raises(ValueError, match="classes of its own: classes= goes with checkpoint="):
         load_model("resnet_digits", classes="abc")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+def test_images_of_any_channels_and_sides_are_drawn(channels):
+    images = torch.rand(2, channels, 5, 8)
+    drawn = torch.as_tensor(figures.image_grids({"x": images}, 2).axes[0].get_images()[0].get_array().data)
+    assert drawn.shape == (5, 17, 3)
+    three = images[:, [0, 0, 0]] if channels == 1 else torch.cat([images, torch.zeros(2, 1, 5, 8)], 1)[:, :3]
+    for image, left in zip(three, (0, 9), strict=True):
+        torch.testing.assert_close(drawn[:, left : left + 8], image.permute(1, 2, 0))
+    bytes_ = (255 * images[:, [channels - 1] * 3]).byte()  # chosen by the caller
+    assert len(figures.png(figures.class_rows({"x": (bytes_, torch.tensor([0, 1]))}, "ab", each=1))) > 1000
+
+
+def test_nothing_that_only_unix_has_is_needed_to_import(tmp_path):
+    gone = "sys.modules |= dict.fromkeys(['fcntl', 'resource', 'pwd', 'grp', 'termios'])"
+    program = f"import sys; {gone}; import dinv, dinv.figures, dinv.reproduce; "
+    program += (
+        "from dinv.experiments.results import provenance; from dinv.files import locked; import pathlib\n"
+    )
+    program += f"with locked(pathlib.Path({str(tmp_path)!r}), 'x'): print('held')"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "held\n", run.stderr
+
+
+def test_a_folder_that_is_read_only_or_locked_twice(tmp_path, monkeypatch):
+    with locked(tmp_path, "x"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not list(tmp_path.iterdir())
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with locked(tmp_path, "x"):
+        assert not list(tmp_path.iterdir())
