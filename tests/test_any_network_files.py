@@ -7,11 +7,13 @@ import sys
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import nn
 
 from dinv import figures
+from dinv.experiments import imagenet
 from dinv.files import locked
-from dinv.models import CorruptCheckpoint, create_model, load_model, load_weights
+from dinv.models import Classifier, CorruptCheckpoint, create_model, load_model, load_weights
 
 NAME, TEN = "torchvision:mobilenet_v3_small", [f"class {k}" for k in range(10)]
 
@@ -139,3 +141,90 @@ def test_a_folder_that_is_read_only_or_locked_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with locked(tmp_path, "x"):
         assert not list(tmp_path.iterdir())
+
+
+IMAGENETTE = {  # WordNet's id: its number among ImageNet's thousand
+    "n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497,
+    "n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574, "n03888257": 701,
+}  # fmt: skip
+
+
+def of_thousand(names=None):
+    """A network of a thousand classes that nobody asks for an answer."""
+    return Classifier(nn.Flatten(), (0.5,) * 3, (0.5,) * 3, 8, names or [f"name {k}" for k in range(1000)])
+
+
+def said_of(place, model, names):
+    """What `of_folder` says of each name: image number k, at its place, is k * 20 red."""
+    data = imagenet.of_folder(str(place), model, 2000)
+    said = {
+        round(image[0].float().mean().item() / 20): int(n)
+        for image, n in zip(data.images, data.labels, strict=True)
+    }
+    return {name: said[number] for number, name in enumerate(names)}
+
+
+def write(path, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 11), (20 * number, 0, 0)).save(path, "png")
+
+
+def test_a_subset_of_the_thousand_by_wordnets_ids(tmp_path, monkeypatch):
+    for number, name in enumerate(IMAGENETTE):
+        write(tmp_path / "val" / name / "a.JPEG", number)
+    assert said_of(tmp_path / "val", of_thousand(), IMAGENETTE) == IMAGENETTE
+    with pytest.raises(
+        ValueError, match=r"has 1 classes: val; expected .*ids such as n01440764\. Is it .*/val\?"
+    ):
+        imagenet.of_folder(str(tmp_path), of_thousand(), 5)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"Which of the thousand some of them are, only timm knows: pip install"
+    ):
+        imagenet.of_folder(str(tmp_path / "val"), of_thousand(), 5)
+    monkeypatch.undo()
+    write(tmp_path / "val" / "n99999999" / "a.JPEG", 11)
+    with pytest.raises(ValueError, match="has 11 classes: n01440764, n02102040"):
+        imagenet.of_folder(str(tmp_path / "val"), of_thousand(), 5)
+
+
+def test_a_subset_of_classes_by_their_names(tmp_path):
+    for number, name in enumerate(["Great_White_Shark", "tench", "black swan"]):
+        write(tmp_path / name / "a.png", number)
+    names = ["tench", "goldfish", "great white shark", "black swan"]
+    names += [str(number) for number in range(996)]
+    said = said_of(tmp_path, of_thousand(names), ["Great_White_Shark", "tench", "black swan"])
+    assert list(said.values()) == [2, 0, 3]
+    write(tmp_path / "1000" / "a.png", 9)
+    with pytest.raises(
+        ValueError, match="has 4 classes: 1000, Great_White_Shark, .*expected names of the 1000"
+    ):
+        imagenet.of_folder(str(tmp_path), of_thousand(names), 5)
+
+
+LISTS = {
+    "LOC_val_solution.csv": "ImageId,PredictionString\n" + "".join(
+        f"ILSVRC2012_val_{n + 1:08},{name} 1 2 3 4 \n" for n, name in enumerate(IMAGENETTE)
+    ),
+    "val.txt": "".join(f"ILSVRC2012_val_{n + 1:08}.JPEG {7 * n % 1000}\n" for n in range(1000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, inside", [("LOC_val_solution.csv", False), ("val.txt", True)])
+def test_the_flat_download_with_its_list(tmp_path, name, inside):
+    folder, places = tmp_path / "flat", [f"ILSVRC2012_val_{number + 1:08}" for number in range(10)]
+    for number, place in enumerate(places):
+        write(folder / f"{place}.JPEG", number)
+    with pytest.raises(
+        ValueError, match=r"has 10 images \(ILSVRC2012_val_00000001.JPEG, .*LOC_val_solution.csv"
+    ):
+        imagenet.of_folder(str(folder), of_thousand(), 5)
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("490\n361\n" * 5)
+    ((folder if inside else tmp_path) / name).write_text(LISTS[name])
+    said = said_of(folder, of_thousand(), places)
+    expected = IMAGENETTE.values() if name.endswith("csv") else range(0, 70, 7)
+    assert list(said.values()) == list(expected)
+    lines = "".join(f"{place} {number + 1}\n" for number, place in enumerate(places))
+    (folder / "a.txt").write_text(lines)
+    with pytest.raises(ValueError, match="a.txt: numbers from 1 are the development kit's"):
+        imagenet.of_folder(str(folder), of_thousand(), 5)
