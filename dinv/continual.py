@@ -86,7 +86,8 @@ def old_part(network: Classifier, count: int) -> Classifier:
 def _with_head(model: Classifier, weight: Tensor, bias: Tensor | None, classes: Sequence[str]) -> Classifier:
     changed = copy.deepcopy(model)
     name, old = classifier_head(changed)
-    head = nn.Linear(old.in_features, len(classes), bias=bias is not None, device=weight.device)
+    options = {"bias": bias is not None, "device": weight.device}
+    head = nn.utils.skip_init(nn.Linear, old.in_features, len(classes), **options)  # nothing is drawn
     with torch.no_grad():
         head.weight.copy_(weight)
         if bias is not None:

@@ -27,6 +27,7 @@ from dinv.compiling import forward_flops
 from dinv.files import read_tensors, write_tensors
 from dinv.latency import LatencyTable
 from dinv.models import Classifier, to_float
+from dinv.precision import usual_defaults
 from dinv.pruning_graph import (
     Group,
     check_prunable,
@@ -135,6 +136,7 @@ class Pruned:
         return Path(path)
 
 
+@usual_defaults()
 def prune(
     network: Classifier,
     images: Tensor,
@@ -232,6 +234,7 @@ def _blocks(groups: list[Group], scores: list[Tensor], size: int) -> Iterator[tu
             yield values[order[start:stop]].mean().item(), group, channels
 
 
+@usual_defaults()
 def restructured(original: Classifier, removed: list[tuple[str, list[int]]]) -> Classifier:
     """A frozen copy of `original` without these channels of `Pruned.removed`, else a ValueError."""
     graph = dependencies(original)

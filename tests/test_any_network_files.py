@@ -1,18 +1,22 @@
-"""Files as others write them, on the machines that others have: weights, folders of images, figures, locks."""
+"""Files as others write them, on the machines and in the sessions that others have."""
 
 import argparse
+import pickle
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
 from torch import nn
 
-from dinv import figures
+import dinv
+from dinv import figures, latency
 from dinv.experiments import imagenet
-from dinv.files import locked
+from dinv.files import digest, locked
 from dinv.models import Classifier, CorruptCheckpoint, create_model, load_model, load_weights
 
 NAME, TEN = "torchvision:mobilenet_v3_small", [f"class {k}" for k in range(10)]
@@ -228,3 +232,94 @@ def test_the_flat_download_with_its_list(tmp_path, name, inside):
     (folder / "a.txt").write_text(lines)
     with pytest.raises(ValueError, match="a.txt: numbers from 1 are the development kit's"):
         imagenet.of_folder(str(folder), of_thousand(), 5)
+
+
+# ---- the user's own session ------------------------------------------------------------------------
+
+
+def states():
+    return pickle.dumps((torch.get_rng_state().tolist(), np.random.get_state(), random.getstate()))
+
+
+def actions(tiny):
+    """Every public function that draws or makes a network, on next to nothing."""
+    teacher, labels = tiny().freeze(), torch.arange(4)
+    images, objective = torch.rand(8, 3, 8, 8), dinv.CrossEntropy() + dinv.FeatureStatistics()
+    data = dinv.Dataset("x", "train", (255 * images).byte(), torch.arange(8) % 2, ("a", "b"))
+    inversion = dinv.InversionSettings(steps=2, compile="never")
+    yield "invert", lambda: dinv.invert(teacher, labels, objective, inversion)
+    settings = dinv.GeneratorSettings(steps=1, width=8, latent_dim=4, compile="never")
+    yield "generate", lambda: dinv.generate(teacher, labels, objective, settings)
+    for kind in ("kl", "random"):
+        pruning = dinv.PruningSettings(importance=kind)
+        yield f"prune {kind}", lambda p=pruning: dinv.prune(teacher, images, filters=0.2, settings=p)
+    short = dinv.DistillationSettings(rounds=1, updates=1, batch_size=8, compile="never")
+    yield "distill", lambda: dinv.distill(teacher, tiny(1), images, short)
+    new = dinv.Dataset("x", "train", data.images, 5 + data.labels, (*teacher.classes, "a", "b"))
+    updates = dinv.ContinualSettings(updates=1, batch_size=8)
+    larger = dinv.extend(teacher, ["a", "b"])
+    yield "extend", lambda: dinv.extend(teacher, ["a", "b"])
+    yield "learn", lambda: dinv.learn(teacher, larger, new, updates, images=images)
+    yield "train", lambda: dinv.train(tiny(2, classes=2), data, dinv.TrainingSettings(epochs=1, batch_size=4))
+    for name in ("resnet_digits", "package:efficientnet_lite0"):
+        yield f"load_model {name}", lambda name=name: dinv.load_model(name)
+    for name in ("cifar_vgg11", "torchvision:googlenet", "timm:tinynet_e"):
+        yield f"create_model {name}", lambda name=name: dinv.create_model(name)
+    yield "measure_statistics", lambda: dinv.measure_statistics(teacher, images)
+    yield "latencies", lambda: latency.latencies([teacher], batch_size=2, repeats=1)
+    yield "table", lambda: latency.LatencyTable.measure(teacher, batch_size=2, repeats=1)
+
+
+def test_the_users_random_numbers_stay_as_they_are(tiny):
+    for name, action in actions(tiny):
+        before = states()
+        action()
+        assert states() == before, name
+
+
+def made(teacher, tmp_path):
+    """What pruning, networks by name, figures and folders give."""
+    images = torch.arange(1536, dtype=torch.float32, device="cpu").view(8, 3, 8, 8) / 1536
+    for kind in ("kl", "random", "magnitude"):
+        settings = dinv.PruningSettings(importance=kind)
+        pruned = dinv.prune(teacher, images, filters=0.3, settings=settings)
+        yield pruned.network.state_dict()
+        yield dinv.load_pruned(pruned.save(tmp_path / "x.safetensors"), teacher).network.state_dict()
+    yield dinv.create_model("resnet_digits", "digits").state_dict()
+    yield dinv.load_model("resnet_digits").state_dict()
+    yield dinv.create_model("timm:tinynet_e", classes="ab").state_dict()
+    labels = torch.zeros(8, dtype=torch.int64, device="cpu")
+    yield figures.tile(images, 2), figures.class_rows({"x": (images, labels)}, ["a"]).axes[0].get_title()
+    data = imagenet.of_folder(str(tmp_path), of_thousand(), 2)
+    yield data.images, data.labels
+
+
+@pytest.mark.parametrize("setting", [{"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_a_default_type_or_device_of_the_users_changes_nothing(tiny, tmp_path, setting):
+    for number, name in enumerate(IMAGENETTE):
+        write(tmp_path / name / "a.JPEG", number)
+    teacher = tiny().freeze()
+    expected = digest(list(made(teacher, tmp_path)))
+    try:
+        torch.set_default_dtype(setting.get("dtype", torch.float32))
+        torch.set_default_device(setting.get("device"))
+        assert digest(list(made(teacher, tmp_path))) == expected
+        assert torch.empty(0).dtype == setting.get("dtype", torch.float32)
+        assert torch.empty(0).device.type == setting.get("device", "cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_no_float64_on_a_device_that_has_none(tiny, monkeypatch):
+    """As Apple's cards have it; pretended: only what was moved to the CPU becomes a double."""
+    double, calls = torch.Tensor.double, []
+
+    def cpu(x):
+        x.moved = True
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: calls.append(hasattr(x, "moved")) or double(x))
+    dinv.prune(tiny().freeze(), torch.rand(4, 3, 8, 8), filters=0.2)
+    assert calls and all(calls)

@@ -24,6 +24,7 @@ from dinv.experiments import stages
 from dinv.experiments.device import device
 from dinv.experiments.profiles import Imagenet, Profile, load_profile
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
+from dinv.precision import usual_defaults
 
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
 SMALL = 64  # pixels: a network below takes the images of the profile's data set
@@ -227,6 +228,7 @@ def _samples(folder: Path, model: Classifier) -> list[tuple[str, int]]:
     )
 
 
+@usual_defaults()
 def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
     """`count` images at random from a folder with one folder for each class, or with images and a list.
 
@@ -240,8 +242,7 @@ def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
     samples = _samples(Path(folder), model)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(samples), generator=generator, device="cpu")[:count].tolist()
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:count].tolist()
     images, numbers = [], []
     for path, number in (samples[index] for index in order):
         image = default_loader(path).convert("RGB" if model.channels == 3 else "L")
@@ -249,5 +250,4 @@ def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
             pil_to_tensor(center_crop(resize(image, round(model.size * 256 / 224)), [model.size] * 2))
         )
         numbers.append(number)
-    labels = torch.tensor(numbers, device="cpu")
-    return Dataset("imagenet", "test", torch.stack(images), labels, model.classes)
+    return Dataset("imagenet", "test", torch.stack(images), torch.tensor(numbers), model.classes)
