@@ -1,7 +1,8 @@
 """Every figure one function: tensors and numbers in, a matplotlib figure out. Nothing here computes a result.
 
 5.5 inches wide, Okabe and Ito's colours; colour, marker and line style are fixed for each method, internal
-names ("adi") shown as `label(name)`. Images are uint8, or float in [0, 1], NCHW. Lines and bars
+names ("adi") shown as `label(name)`. Images are uint8, or float in [0, 1], NCHW: one channel is grey, of
+more than three the first three are red, green and blue; images[:, [3, 2, 1]] chooses others. Lines and bars
 take one number, or one per seed: then they show mean ± sample deviation, and n.
 """
 
@@ -19,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+import torch.nn.functional as F
 from IPython import display, get_ipython
 from matplotlib.figure import Figure
 from PIL import Image
@@ -62,6 +64,8 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     from torchvision.utils import make_grid  # takes seconds to import
 
     images = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
+    if images.shape[1] != 1:
+        images = F.pad(images[:, :3], (0, 0, 0, 0, 0, max(0, 3 - images.shape[1])))  # of two, blue is black
     grid = make_grid(images, columns, padding=gap, pad_value=1.0)  # frames several images, but not one
     return (grid[:, gap:-gap, gap:-gap] if len(images) > 1 else grid).permute(1, 2, 0)
 
@@ -97,7 +101,7 @@ def method_grids(pools: Mapping, classes: Sequence[str], notes: Sequence[str] = 
 
 def class_rows(pools: Mapping, classes: Sequence[str], notes: Sequence[str] = (), each: int = 2) -> Figure:
     """Method -> (images, labels), the first `each` of every class, one column a class, one panel a method."""
-    count, order = len(classes), torch.arange(len(classes) * each).view(-1, each).T.flatten()
+    count, order = len(classes), torch.arange(len(classes) * each, device="cpu").view(-1, each).T.flatten()
     grids = {name: first_of_each_class(*pool, count, each)[order] for name, pool in pools.items()}
     figure = image_grids(grids, count, notes, across=1)
     _name_cells(figure.axes[-1], (), classes, rotation=30, ha="right", rotation_mode="anchor")

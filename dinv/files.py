@@ -1,7 +1,6 @@
 """Files that are whole or absent: where they live, digests, atomic writes, locks."""
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -221,16 +221,17 @@ def _typed(hint: Any, value: Any) -> Any:
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Hold a folder against other processes; the lock ends with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
+    with suppress(OSError):  # a folder that is read-only or without locks: go on, every write is a rename
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            print(f"dinv: another process is busy with {what}; waiting for it", file=sys.stderr)
+            lock.acquire()
     try:
-        with suppress(OSError):  # a file system without locks: go on, every write is still a rename
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"dinv: another process is busy with {what}; waiting for it", file=sys.stderr)
-                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        with suppress(OSError):  # unlocked by name, as a forked child may hold the handle as well
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
+        with suppress(OSError):  # Windows keeps a file that is open
+            if lock.is_locked:
+                os.unlink(lock.lock_file)  # who waits for this one sees that it is gone, and makes another
+        lock.release()

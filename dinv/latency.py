@@ -83,7 +83,7 @@ def latencies(networks: Sequence[Classifier], batch_size: int | None = None, rep
     calls = []
     for network in networks:
         network = private(network).freeze()
-        images = torch.rand(count, *network.shape, device=device)
+        images = _noise(count, *network.shape, device=device)
         calls.append(_forward(network, images))
     return interleaved(calls, repeats, device)
 
@@ -187,7 +187,13 @@ def _unit(
         inputs = groups * (layer.in_channels // layer.groups)
         outputs = groups * (layer.out_channels // layer.groups)
     window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    convolution = nn.Conv2d(inputs, outputs, *window, groups, bias=layer.bias is not None)
+    with torch.random.fork_rng(devices=[]):
+        convolution = nn.Conv2d(inputs, outputs, *window, groups, bias=layer.bias is not None)
     unit = nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
     unit = unit.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return _forward(unit, torch.rand(count, inputs, *shape[2:], device=device))
+    return _forward(unit, _noise(count, inputs, *shape[2:], device=device))
+
+
+def _noise(*shape: int, device: torch.device) -> Tensor:
+    """Images to be timed; the user's own random numbers stay as they are."""
+    return torch.rand(shape, device=device, generator=torch.Generator(device))

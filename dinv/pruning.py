@@ -9,21 +9,17 @@ channel together is found by torch-pruning (Fang et al., CVPR 2023); which chann
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from dinv.checks import check_settings
@@ -31,6 +27,17 @@ from dinv.compiling import forward_flops
 from dinv.files import read_tensors, write_tensors
 from dinv.latency import LatencyTable
 from dinv.models import Classifier, to_float
+from dinv.models.classifier import check_range
+from dinv.preflight import settled
+from dinv.pruning_graph import (
+    Group,
+    check_prunable,
+    dependencies,
+    filter_count,
+    filter_groups,
+    refused,
+    try_forward,
+)
 from dinv.training import predict
 
 IMPORTANCES = ("kl", "cross-entropy", "magnitude", "random")
@@ -63,78 +70,6 @@ class PruningSettings:
             raise ValueError(f"step={self.step} and keep={self.keep} are shares, at most 1")
 
 
-class Group:
-    """`width` channels that only go together, such as those on both sides of an addition.
-
-    Attributes:
-        makers, consumers: names of the convolutions whose filters they are, and of the layers that take them.
-        gates: where a channel shuts when it goes: the BatchNorms, or the convolutions where there are none.
-            A gate is a layer, its channels, and the group's channels that they go with.
-    """
-
-    def __init__(self, graph: Any, root: nn.Conv2d) -> None:
-        remove = graph.get_pruner_of_module(root).prune_out_channels
-        self.network, self.width = graph.model, root.out_channels
-        self._dependencies = graph.get_pruning_group(root, remove, list(range(self.width)))
-        self.makers, self.consumers, convolutions, norms = [], set(), [], []
-        for item in self._dependencies:
-            layer, name = item.dep.target.module, graph._module2name.get(item.dep.target.module, "")
-            gate = (layer, torch.tensor(item.idxs), torch.tensor(item.root_idxs))
-            if not graph.is_out_channel_pruning_fn(item.dep.handler):
-                if isinstance(layer, (_ConvNd, nn.Linear)):
-                    self.consumers.add(name)
-            elif isinstance(layer, _ConvNd):
-                self.makers.append(name)
-                convolutions.append(gate)
-            elif isinstance(layer, _BatchNorm):
-                norms.append(gate)
-        self.gates = norms or convolutions
-
-    def magnitude(self) -> Tensor:
-        """Norm of all weights of a channel, over the group's mean; float32 (width,)."""
-        import torch_pruning
-
-        score = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="sum")
-        return score(self._dependencies).detach().float().cpu()
-
-    def remove(self, channels: list[int]) -> None:
-        """Take these channels out of every layer that has them."""
-        self._dependencies.prune(channels, record_history=False)  # the smaller group records itself
-
-
-def dependencies(network: Classifier) -> Any:
-    """The graph of what depends on what in a copy of `network`, its `model`; what is pruned is the copy."""
-    import torch_pruning  # with timm: seconds, which only pruning has to spend
-
-    small = copy.deepcopy(network).eval().requires_grad_(True)  # the graph is traced through its gradients
-    example = network.mean.new_zeros(1, network.channels, network.size, network.size)
-    try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of every tensor that is no layer's
-            return torch_pruning.DependencyGraph().build_dependency(small, example, verbose=False)
-    except Exception as error:
-        reason = f"its graph cannot be followed ({error}). It must consist of PyTorch's layers"
-        raise ValueError(f"{network.name} cannot be pruned: {reason}, and run on one image") from error
-
-
-def filter_groups(graph: Any) -> list[Group]:
-    """All groups of filters that may go, in the network's order; those of the outputs, the classes, stay."""
-    groups, grouped = [], set()
-    for name, layer in graph.model.named_modules():
-        if isinstance(layer, nn.Conv2d) and layer in graph.module2node and name not in grouped:
-            groups.append(Group(graph, layer))
-            grouped.update(groups[-1].makers)
-    if not any(group.consumers for group in groups):
-        reason = "it has no convolution whose filters another layer takes"
-        raise ValueError(f"{graph.model.name} cannot be pruned: {reason}")
-    return [group for group in groups if group.consumers]
-
-
-def filter_count(network: nn.Module) -> int:
-    """Filters in all: output channels of every convolution."""
-    return sum(layer.out_channels for layer in network.modules() if isinstance(layer, _ConvNd))
-
-
 def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch_size: int = 128) -> list[Tensor]:
     """First-order Taylor importance of every channel, one float32 tensor (width,) per group.
 
@@ -143,7 +78,7 @@ def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch_size: int 
     squared change of an image's loss when the channel is shut. Images are uint8 or float32, labels (N,).
     """
     network, device, outputs = groups[0].network, groups[0].network.mean.device, {}
-    totals = [torch.zeros(group.width, dtype=torch.float64) for group in groups]
+    totals = [torch.zeros(group.width, dtype=torch.float64, device="cpu") for group in groups]
 
     def keep(layer, inputs, output):
         outputs[layer] = output
@@ -160,7 +95,7 @@ def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch_size: int 
                 shut = change[group.gates[0][0]].new_zeros(len(part), group.width)
                 for layer, own, root in group.gates:
                     shut.index_add_(1, root.to(device), change[layer][:, own.to(device)])
-                total += shut.double().square().sum(0).cpu()
+                total += shut.cpu().double().square().sum(0)  # Apple's cards have no float64
     return [(total / len(images)).float() for total in totals]
 
 
@@ -202,6 +137,7 @@ class Pruned:
         return Path(path)
 
 
+@settled
 def prune(
     network: Classifier,
     images: Tensor,
@@ -237,6 +173,8 @@ def prune(
         raise ValueError('importance="cross-entropy" needs labels; "kl" does without')
     if table is None and (target == "latency" or settings.eta):
         raise ValueError("latency is measured first: pass table=LatencyTable.measure(network)")
+    check_range(images)
+    check_prunable(network)
     generator, graph = torch.Generator().manual_seed(seed), dependencies(network)
     small: Classifier = graph.model
 
@@ -244,7 +182,8 @@ def prune(
         sizes = {"filters": float(filter_count(small)), "flops": float(forward_flops(small))}
         return sizes | ({"latency": table.of(small)} if table is not None else {})
 
-    whole = size()
+    with refused(small, "its operations cannot be counted"):
+        whole = size()
     least = {g.makers[0]: max(1, math.ceil(settings.keep * g.width)) for g in filter_groups(graph)}
     if settings.importance == "kl":
         labels = sampled_labels(network, images, generator)
@@ -273,8 +212,10 @@ def prune(
             most = 1 - left[target]
             limit = f"at {most:.2f} every layer is down to the share of {settings.keep:g} that it keeps"
             raise Unreachable(f"{target}={share:g} cannot be removed from {network.name}: {limit}", most)
-        for group, channels in chosen.items():
-            group.remove(channels)
+        with refused(small, "its layers do not belong together as they seem to"):
+            for group, channels in chosen.items():
+                group.remove(channels)
+        try_forward(small)
         left = {name: value / whole[name] for name, value in size().items()}
         history.append(left)
     removed = [(name, [int(index) for index in channels]) for name, _, channels in graph.pruning_history()]
@@ -282,17 +223,20 @@ def prune(
 
 
 def _blocks(groups: list[Group], scores: list[Tensor], size: int) -> Iterator[tuple[float, Group, list[int]]]:
-    """Mean score, group and channels of blocks that go together, every group's lowest channels first.
+    """Mean score, group and channels of blocks of units that go together, every group's lowest first.
 
-    The first block of a group makes its width a multiple of `size`.
+    The first block of a group makes its width a multiple of `size`, the others keep it so.
     """
     for group, score in zip(groups, scores, strict=True):
-        order, first = score.argsort(stable=True).tolist(), group.width % size
-        cuts = [0, *range(first or size, group.width + 1, size)]
+        values, count = score[torch.tensor(group.units)].mean(1), len(group.units)
+        order, each = values.argsort(stable=True).tolist(), group.width // count
+        cuts = [0, *(cut for cut in range(1, count + 1) if (count - cut) * each % size == 0)]
         for start, stop in pairwise(cuts):
-            yield score[order[start:stop]].mean().item(), group, order[start:stop]
+            channels = [channel for unit in order[start:stop] for channel in group.units[unit]]
+            yield values[order[start:stop]].mean().item(), group, channels
 
 
+@settled
 def restructured(original: Classifier, removed: list[tuple[str, list[int]]]) -> Classifier:
     """A frozen copy of `original` without these channels of `Pruned.removed`, else a ValueError."""
     graph = dependencies(original)

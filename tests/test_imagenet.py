@@ -107,8 +107,8 @@ def test_folders_that_are_no_classes_are_refused_before_an_image_is_read(tmp_pat
     with pytest.raises(ValueError) as error:
         imagenet.of_folder(str(tmp_path), tiny(0, classes=3), 1)
     problem, expected = str(error.value).split("; ")
-    assert problem.endswith(f"has {len(names)} folders: {', '.join(names) or 'none'}")
-    assert expected.startswith("expected one folder for each of the 3 classes of tiny: their names (class0,")
+    assert problem.endswith(f"has {len(names)} classes: {', '.join(names) or 'none'}")
+    assert expected.startswith("expected names of the 3 classes of tiny (class0,")
     with pytest.raises(ValueError, match="is no folder"):
         imagenet.of_folder("/nowhere", tiny(0), 1)
 

@@ -11,7 +11,7 @@ FLOORS = (  # a room imports rooms of lower floors only; a folder that is named 
     "checks files figures precision pyramid",
     "group models",
     "preflight",
-    "compiling data feature_statistics latency",
+    "compiling data feature_statistics latency pruning_graph",
     "objectives training",
     "continual metrics pruning step",
     "inversion",

@@ -157,11 +157,11 @@ def digits():
 
 
 def refused(model, path, message):
-    """`path` is refused with this message, and `model` left as it was unless only the shapes differ."""
+    """`path` is refused with this message, and `model` left as it was."""
     before = digest(model)
     with pytest.raises(CorruptCheckpoint, match=message):
         load_weights(model, path)
-    assert digest(model) == before or "does not fit" in message
+    assert digest(model) == before
 
 
 def test_checkpoints_are_read_from_safetensors_and_from_state_dictionaries(digits, tmp_path):
@@ -186,7 +186,7 @@ def test_truncated_or_altered_files(digits, tmp_path):
     whole = (tmp_path / "a.safetensors").read_bytes()
     for damaged in (b"", whole[:5], whole[: len(whole) // 2], whole[:-1], b"\xff" + whole[1:]):
         (tmp_path / "a.safetensors").write_bytes(damaged)
-        refused(model, tmp_path / "a.safetensors", "a.safetensors cannot be read .*fetch it again")
+        refused(model, tmp_path / "a.safetensors", "(?s)a.safetensors cannot be read .*fetch it again")
     whole = (tmp_path / "a.pt").read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint at all"):
         (tmp_path / "a.pt").write_bytes(damaged)
@@ -208,7 +208,7 @@ def test_nothing_is_unpickled(digits, tmp_path, save):
     model, state = digits
     for content in (Trap(tmp_path / "sprung"), state | {"more": Trap(tmp_path / "sprung")}):
         save(content, tmp_path / "a.pt")
-        refused(model, tmp_path / "a.pt", "a.pt cannot be read as a plain state dictionary")
+        refused(model, tmp_path / "a.pt", "a.pt cannot be read as tensors alone")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -222,9 +222,9 @@ def test_weights_of_another_network_or_not_finite(digits, tmp_path):
     model, state = digits
     path, name = tmp_path / "a.safetensors", next(n for n in state if n.endswith("conv.weight"))
     for changed, message in (
-        (state | {name: torch.zeros(2, 2)}, "(?s)does not fit resnet_digits: .*size mismatch"),
-        ({n: v for n, v in state.items() if n != name}, "(?s)does not fit resnet_digits: .*Missing key"),
-        (state | {"more": torch.zeros(1)}, "(?s)does not fit resnet_digits: .*Unexpected key"),
+        (state | {name: torch.zeros(2, 2)}, "does not fit resnet_digits: 1 tensors of another shape"),
+        ({n: v for n, v in state.items() if n != name}, "does not fit resnet_digits: 1 tensors missing"),
+        (state | {"more": torch.zeros(1)}, "does not fit resnet_digits: 1 tensors unexpected"),
         (state | {name: state[name] * float("nan")}, f"values that are not finite, in {name}"),
         (state | {name: state[name] * float("inf")}, f"values that are not finite, in {name}"),
     ):

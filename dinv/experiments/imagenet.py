@@ -7,8 +7,9 @@ pool = synthesize(Inverter(teacher, objective, profile.imagenet.inversion), labe
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dinv.experiments import stages
 from dinv.experiments.device import device
 from dinv.experiments.profiles import Imagenet, Profile, load_profile
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
+from dinv.precision import usual_defaults
 
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
 SMALL = 64  # pixels: a network below takes the images of the profile's data set
@@ -143,56 +145,109 @@ def photograph(file: str, size: int) -> Tensor:
     return resized(center_crop(image, [min(image.shape[2:])] * 2), size)
 
 
-def labels_of_folders(folder: str, model: Classifier) -> dict[str, int]:
-    """Which of the model's classes each folder in `folder` is, by the folder's name.
+def labels_of_names(names: Collection[str], model: Classifier, where: str) -> dict[str, int]:
+    """Which of the model's classes each name is: of the folders in `where`, or in its list of labels.
 
-    The classes' own names; or numbers, from 0 or from 1, in the order of numbers (as text 10 comes before 2);
-    or WordNet's ids, in their order, which is that of ImageNet's thousand classes.
+    Some of the classes' own names, large or small, with spaces or underscores; or all numbers, from 0 or
+    from 1, in the order of numbers (as text 10 comes before 2); or WordNet's ids, in their order, which is
+    that of ImageNet's thousand classes, or some of these thousand.
 
     Raises:
-        ValueError: they are none of these, or not one for every class.
+        ValueError: they are none of these.
     """
-    names = sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir())
-    if names == sorted(model.classes):
-        return {name: list(model.classes).index(name) for name in names}
-    if len(names) == len(model.classes):
-        if all(re.fullmatch(r"n\d{8}", name) for name in names):
+    names, count = sorted(names), len(model.classes)
+    for spelt in (str, lambda name: name.replace("_", " ").casefold()):
+        numbers = {spelt(name): number for number, name in enumerate(model.classes)}
+        unique = len(numbers) == count and len({spelt(name) for name in names}) == len(names)
+        if names and unique and all(spelt(name) in numbers for name in names):
+            return {name: numbers[spelt(name)] for name in names}
+    advice = ""
+    if names and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        if len(names) == count:
             return {name: number for number, name in enumerate(names)}
-        if all(re.fullmatch("[0-9]+", name) for name in names):
-            names.sort(key=int)
-            first = int(names[0])
-            if first < 2 and [int(name) for name in names] == list(range(first, first + len(names))):
-                return {name: number for number, name in enumerate(names)}
-    last = len(model.classes) - 1
+        known = _wordnet_ids() if count == 1000 else []
+        if set(names) <= set(known):
+            return {name: known.index(name) for name in names}
+        if count == 1000 and not known:
+            advice = ". Which of the thousand some of them are, only timm knows: pip install 'dinv[timm]'"
+    if len(names) == count and all(re.fullmatch("[0-9]+", name) for name in names):
+        names.sort(key=int)
+        first = int(names[0])
+        if first < 2 and [int(name) for name in names] == list(range(first, first + count)):
+            return {name: number for number, name in enumerate(names)}
+    if inner := [name for name in ("val", "test", "validation") if name in names]:
+        advice = f". Is it {Path(where) / inner[0]}?"
     raise ValueError(
-        f"{folder} has {len(names)} folders: {_some(names)}; expected one folder for each of the "
-        f"{last + 1} classes of {model.name}: their names ({_some(model.classes)}), the numbers 0 to {last}, "
-        "or WordNet's ids such as n01440764"
+        f"{where} has {len(names)} classes: {_some(names)}; expected names of the {count} classes of "
+        f"{model.name} ({_some(model.classes)}), the numbers 0 to {count - 1}, or WordNet's ids such as "
+        f"n01440764{advice}"
     )
+
+
+def _wordnet_ids() -> list[str]:
+    """Those of ImageNet's thousand classes, in the order of the networks' outputs; none without timm."""
+    if importlib.util.find_spec("timm") is None:
+        return []
+    return importlib.import_module("timm.data").ImageNetInfo().label_names()
 
 
 def _some(names: Sequence[str], count: int = 5) -> str:
     return ", ".join([*names[:count], "..."] if len(names) > count else names) or "none"
 
 
+def _samples(folder: Path, model: Classifier) -> list[tuple[str, int]]:
+    """Every image in `folder` and its class: by its folder, or where there are none by a list beside it."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import is_image_file
+
+    if not folder.is_dir():
+        raise ValueError(f"imagenet.folder={str(folder)!r} is no folder")
+    folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    images = [] if folders else sorted(path for path in folder.iterdir() if is_image_file(path.name))
+    if not images:
+        numbered = labels_of_names(folders, model, str(folder))
+        data = ImageFolder(folder)
+        return [(path, numbered[data.classes[number]]) for path, number in data.samples]
+    for place in (folder, folder.parent):
+        for path in sorted([*place.glob("*.txt"), *place.glob("*.csv")]):
+            rows = [
+                re.split(r"[\s,]+", line.strip()) for line in path.read_text("utf-8", "replace").splitlines()
+            ]
+            said = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
+            if all(image.stem in said for image in images):
+                said.pop("ImageId", None)  # the first line of Kaggle's list
+                if all(name.isdecimal() for name in said.values()) and "0" not in said.values():
+                    order = "numbers from 1 are the development kit's, which has an order of its own"
+                    raise ValueError(f"{path}: {order}; expected WordNet's ids, names, or numbers from 0")
+                numbered = labels_of_names(set(said.values()), model, str(path))
+                return [(str(image), numbered[said[image.stem]]) for image in images]
+    raise ValueError(
+        f"{folder} has {len(images)} images ({_some([path.name for path in images], 2)}) and no folders; "
+        "expected a folder for each class, or beside the images a .txt or .csv file with a line for each: "
+        "its name and its class, such as LOC_val_solution.csv"
+    )
+
+
+@usual_defaults()
 def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
-    """`count` images at random from an ImageFolder: one folder a class, named as `labels_of_folders` says.
+    """`count` images at random from a folder with one folder for each class, or with images and a list.
+
+    The labels are the model's outputs, whichever of the classes there are: see `labels_of_names`. A list is
+    a .txt or .csv file, each line an image's name and its class.
 
     Raises:
-        ValueError: no such folder, or its folders are not the model's classes.
+        ValueError: no such folder, or its classes are not the model's.
     """
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import default_loader
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-    if not Path(folder).is_dir():
-        raise ValueError(f"imagenet.folder={folder!r} is no folder")
-    numbered = labels_of_folders(folder, model)
-    data = ImageFolder(folder)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    samples = _samples(Path(folder), model)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))[:count].tolist()
     images, numbers = [], []
-    for index in order:
-        image, number = data[index]
-        image = resize(image.convert("RGB" if model.channels == 3 else "L"), round(model.size * 256 / 224))
-        images.append(pil_to_tensor(center_crop(image, [model.size] * 2)))
-        numbers.append(numbered[data.classes[number]])
+    for path, number in (samples[index] for index in order):
+        image = default_loader(path).convert("RGB" if model.channels == 3 else "L")
+        images.append(
+            pil_to_tensor(center_crop(resize(image, round(model.size * 256 / 224)), [model.size] * 2))
+        )
+        numbers.append(number)
     return Dataset("imagenet", "test", torch.stack(images), torch.tensor(numbers), model.classes)

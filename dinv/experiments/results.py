@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -231,7 +230,11 @@ def command_line(chapter: str, profile: Profile) -> str:
 
 def provenance(chapter: str, profile: Profile) -> dict[str, Any]:
     """Command, date, commit, changed settings, versions, device, threads, precision, peak memory in MiB."""
-    commit, dirty, peak = None, None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    commit, dirty, peak = None, None, None
+    with suppress(ImportError):
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with suppress(OSError, subprocess.CalledProcessError):
 
         def git(*words: str) -> str:
@@ -246,7 +249,7 @@ def provenance(chapter: str, profile: Profile) -> dict[str, Any]:
     described |= {"versions": versions | {"python": sys.version.split()[0]}, "device": device.device_name()}
     described |= {"processes": processes.count()}
     described |= {"threads": torch.get_num_threads(), "precision": device.precision()}
-    described |= {"peak_memory_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10))}
+    described |= {"peak_memory_mb": peak and round(peak / (2**20 if sys.platform == "darwin" else 2**10))}
     return described | {"peak_cuda_memory_mb": round(torch.cuda.max_memory_reserved() / 2**20)}
 
 

@@ -1,5 +1,6 @@
 """Networks: one name space, one kind of object (`Classifier`)."""
 
+from dinv.models.checkpoints import CorruptCheckpoint, load_weights
 from dinv.models.classifier import (
     Classifier,
     Unfit,
@@ -14,10 +15,8 @@ from dinv.models.pretrained import WeightsUnavailable
 from dinv.models.zoo import (
     DOMAINS,
     NETWORKS,
-    CorruptCheckpoint,
     create_model,
     load_model,
-    load_weights,
     shipped_models,
 )
 

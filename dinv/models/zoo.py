@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import dinv.models.cifar as cifar
 from dinv.checks import near
 from dinv.files import sha256_file
+from dinv.models.checkpoints import CorruptCheckpoint, load_weights
 from dinv.models.classifier import Classifier
 from dinv.models.pretrained import library_names, load_pretrained
+from dinv.precision import usual_defaults
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-
-
-class CorruptCheckpoint(RuntimeError):
-    """A file of weights that is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+@usual_defaults()
 def create_model(
     name: str, domain: str = "cifar10", seed: int = 0, classes: Sequence[str] | None = None
 ) -> Classifier:
@@ -62,7 +60,7 @@ def create_model(
     Args:
         name: one of `NETWORKS`, made for the images of `domain`; or a network of torchvision or timm, as they
             make it for ImageNet.
-        classes: class names other than the domain's; for `NETWORKS` only.
+        classes: names of other classes than the domain's or ImageNet's; the head has one output for each.
 
     Raises:
         ValueError: unknown name or domain; the message lists what there is.
@@ -73,9 +71,7 @@ def create_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's as well
         if name not in NETWORKS:
-            model = _from_library(name, pretrained=False)
-            if classes is not None:
-                raise ValueError(f"classes can be chosen for {', '.join(NETWORKS)}, not for {name!r}")
+            model = _from_library(name, pretrained=False, classes=classes)
             return model.to(memory_format=torch.channels_last)
         classes = spec.classes if classes is None else tuple(classes)
         net = NETWORKS[name](len(classes), len(spec.mean))
@@ -83,38 +79,46 @@ def create_model(
     return model.to(memory_format=torch.channels_last)
 
 
-def load_model(name: str, checkpoint: str | Path | None = None) -> Classifier:
+@usual_defaults()
+def load_model(
+    name: str, checkpoint: str | Path | None = None, classes: Sequence[str] | None = None
+) -> Classifier:
     """A trained network, frozen, by name.
 
     Args:
         name: a network shipped with the package (`shipped_models()`), else one of torchvision or timm with
             its own weights; "torchvision:resnet50" and "timm:resnet50.a1_in1k" name the source.
         checkpoint: weights to load instead: a safetensors file, or a state dictionary written by
-            `torch.save` (read with `weights_only=True`).
+            `torch.save` (read with `weights_only=True`), as `load_weights` takes them.
+        classes: what a checkpoint with another head tells apart, in the order of its outputs.
 
     Raises:
-        ValueError: no such network; the message says what is near and what exists.
+        ValueError: no such network; the message says what is near and what exists. `classes` without a
+            checkpoint.
         CorruptCheckpoint: the file is damaged or does not fit the network.
         WeightsUnavailable: the weights are neither cached nor in reach.
     """
     shipped = shipped_models()
+    if classes is not None and checkpoint is None:
+        raise ValueError(f"{name} comes with classes of its own: classes= goes with checkpoint=")
     if name in shipped:
         entry = shipped[name]
-        model = create_model(entry["network"], entry["domain"], classes=entry["classes"])
+        model = create_model(entry["network"], entry["domain"], classes=classes or entry["classes"])
         if checkpoint is None:
             checkpoint = WEIGHTS / entry["file"]
             _verify(checkpoint, entry["sha256"])
         return load_weights(model, checkpoint).freeze()
     if checkpoint is not None:
-        return load_weights(create_model(name), checkpoint).freeze()
+        return load_weights(create_model(name, classes=classes), checkpoint).freeze()
     if name in NETWORKS:
         advice = f"train it (notebook 00_teacher), name a checkpoint, or take one of {', '.join(shipped)}"
         raise ValueError(f"{name} is not shipped with weights: {advice}")
-    return _from_library(name, pretrained=True).freeze()
+    with torch.random.fork_rng(devices=[]):  # the libraries draw weights before they load others
+        return _from_library(name, pretrained=True).freeze()
 
 
-def _from_library(name: str, pretrained: bool) -> Classifier:
-    model = load_pretrained(name, pretrained)
+def _from_library(name: str, pretrained: bool, classes: Sequence[str] | None = None) -> Classifier:
+    model = load_pretrained(name, pretrained, classes)
     if model is None:
         libraries = library_names()
         known = [*NETWORKS, *(other for names in libraries.values() for other in names)]
@@ -131,33 +135,6 @@ def shipped_models() -> dict[str, dict]:
     """
     path = WEIGHTS / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def load_weights(model: Classifier, path: str | Path) -> Classifier:
-    """Load a checkpoint's tensors into `model` and return it; CorruptCheckpoint if damaged or unfit."""
-    path = Path(path)
-    if not path.is_file():
-        raise CorruptCheckpoint(f"{path} is not a file: name a .safetensors or a .pt file")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
-    except Exception as error:  # what an unpickler refuses has no common base class
-        raise CorruptCheckpoint(
-            f"{path} cannot be read as a plain state dictionary ({error}): fetch it again"
-        ) from error
-    items = state.items() if isinstance(state, dict) else ()
-    tensors = {k: v for k, v in items if isinstance(k, str) and torch.is_tensor(v)}
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
-        raise CorruptCheckpoint(f"{path} holds values that are not finite, in {bad[0]}")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CorruptCheckpoint(f"{path} does not fit {model.name}: {error}") from error
-    return model
 
 
 def _verify(path: Path, sha256: str) -> None:
