@@ -22,8 +22,8 @@ from dinv.data.dataset import sent
 from dinv.files import NO_CHECKPOINT, NoCheckpoint
 from dinv.models import Classifier, Unfit, inputs_of, to_float
 from dinv.models.classifier import duplicate
-from dinv.precision import autocast, choose
-from dinv.preflight import preflight, private, settled
+from dinv.precision import autocast, choose, settled
+from dinv.preflight import preflight, private
 from dinv.training import GradientStep, Updates, UpdateSettings, predict, require_trainable
 
 RECORD_EVERY = 20  # updates

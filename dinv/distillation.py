@@ -26,8 +26,8 @@ from dinv.inversion import InversionSettings, Inverter, balanced_labels
 from dinv.models import Classifier, evaluating, places
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import batch_seed, to_uint8
-from dinv.precision import autocast, choose
-from dinv.preflight import preflight, private, settled
+from dinv.precision import autocast, choose, settled
+from dinv.preflight import preflight, private
 from dinv.training import GradientStep, Updates, UpdateSettings, predict
 
 
@@ -346,7 +346,6 @@ def _require_fitting(teacher: Classifier, student: Classifier, images: Tensor) -
     preflight(teacher), preflight(student)
     if len(images):
         teacher.check(images)
-    shapes = [f"{net.name} takes {' x '.join(map(str, net.shape))}" for net in (teacher, student)]
     if teacher.shape != student.shape:
+        shapes = [f"{net.name} takes {' x '.join(map(str, net.shape))}" for net in (teacher, student)]
         raise ValueError(f"a student takes its teacher's images: {', '.join(shapes)}")
-    places(student, teacher)

@@ -27,8 +27,7 @@ from dinv.models import Classifier
 from dinv.models.classifier import Size, sides
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import Pool, batch_seed, to_uint8
-from dinv.precision import CHOICES, autocast, setting
-from dinv.preflight import settled
+from dinv.precision import CHOICES, autocast, setting, settled
 from dinv.step import Step, jittered, require_finite
 
 

@@ -25,8 +25,8 @@ from dinv.compiling import compiler_available, compiling_pays
 from dinv.group import Group, averaged, gathered, share
 from dinv.models.classifier import Classifier, Size, sides
 from dinv.objectives import Objective, Term
-from dinv.precision import CHOICES, setting
-from dinv.preflight import preflight, settled
+from dinv.precision import CHOICES, setting, settled
+from dinv.preflight import preflight
 from dinv.pyramid import PyramidAdam
 from dinv.step import Step, jittered, require_finite
 

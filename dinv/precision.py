@@ -6,7 +6,10 @@ Weights, statistics, losses and softmax are float32 in either case.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -51,3 +54,31 @@ def supported(device: torch.device) -> bool:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """While open, layers compute in `precision`, "float32" or "bfloat16"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def own_defaults(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """While open: gradients on, CPU and float32 (or float64) as defaults, whatever the caller has set."""
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
+        stack.callback(torch.set_default_dtype, before)
+        yield
+
+
+def settled(function: Callable) -> Callable:
+    """The function under `own_defaults`; a classifier in front, or its teacher, gives the type."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **options: Any) -> Any:
+        first = getattr(args[0], "teacher", args[0]) if args else None
+        with own_defaults(getattr(first, "dtype", None) if isinstance(first, nn.Module) else None):
+            return function(*args, **options)
+
+    return wrapped

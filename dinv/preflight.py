@@ -7,10 +7,8 @@ come from, and whether a gradient reaches the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinv.models.classifier import Classifier, Unfit, duplicate, evaluating
+from dinv.precision import own_defaults
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -181,31 +180,3 @@ def _same(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0] or "no message"
     return f"{type(error).__name__}: {text[:200]}"
-
-
-@contextmanager
-def own_defaults(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """While open: gradients on, CPU and float32 (or float64) as defaults, whatever the caller has set."""
-    before = torch.get_default_dtype()
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        if not torch.is_grad_enabled():
-            stack.enter_context(torch.enable_grad())
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        torch.set_default_dtype(torch.float64 if dtype == torch.float64 else torch.float32)
-        stack.callback(torch.set_default_dtype, before)
-        yield
-
-
-def settled(function: Callable) -> Callable:
-    """The function under `own_defaults`; a first argument that is a Classifier gives the type."""
-
-    @wraps(function)
-    def wrapped(*args: Any, **options: Any) -> Any:
-        first = getattr(args[0], "teacher", args[0]) if args else None
-        with own_defaults(first.dtype if isinstance(first, Classifier) else torch.float32):
-            return function(*args, **options)
-
-    return wrapped

@@ -28,7 +28,7 @@ from dinv.files import read_tensors, write_tensors
 from dinv.latency import LatencyTable
 from dinv.models import Classifier, to_float
 from dinv.models.classifier import check_range
-from dinv.preflight import settled
+from dinv.precision import settled
 from dinv.pruning_graph import (
     Group,
     check_prunable,

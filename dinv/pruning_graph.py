@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dinv.models import Classifier, Unfit, inputs_of
-from dinv.preflight import private
+from dinv.models.classifier import duplicate
+from dinv.preflight import preflight
 
 FROZEN = {"weight", "bias", "running_mean", "running_var"}  # torchvision's and timm's frozen BatchNorm
 
@@ -114,7 +115,8 @@ def dependencies(network: Classifier) -> Any:
     import torch_pruning  # with timm: seconds, which only pruning has to spend
 
     with refused(network, "its graph cannot be followed: it must consist of PyTorch's layers"):
-        small = private(network).eval().requires_grad_(True)  # the graph is traced through its gradients
+        small = duplicate(network, preflight(network).hooks).eval()
+        small.requires_grad_(True)  # the graph is traced through its gradients
         example = small.mean.new_zeros(1, *small.shape)
         pruners = {type(layer): _FrozenPruner() for layer in small.modules() if frozen_norm(layer)}
         with torch.enable_grad(), warnings.catch_warnings():
@@ -165,9 +167,8 @@ def check_prunable(network: Classifier) -> None:
         for group in groups:
             group.remove(group.units[0])
     if wrong:
-        raise ValueError(
-            f"{network.name} cannot be pruned: its channels are split or shuffled before {wrong}"
-        )
+        reason = f"its channels are split or shuffled before {wrong}"
+        raise ValueError(f"{network.name} cannot be pruned: {reason}")
     try_forward(graph.model)
 
 

@@ -16,8 +16,8 @@ from dinv.compiling import Recorded
 from dinv.data import Dataset, augment
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.models import Classifier, evaluating, to_float
-from dinv.precision import CHOICES, autocast, choose, setting
-from dinv.preflight import HALVES, preflight, settled
+from dinv.precision import CHOICES, autocast, choose, setting, settled
+from dinv.preflight import HALVES, preflight
 
 SCHEDULES = ("linear", "steps")
 

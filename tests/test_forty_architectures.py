@@ -22,12 +22,13 @@ squeezenet1_1 swin_t vgg11_bn vit_b_32
 """
 TIMM = """
 cspresnet50 convnextv2_atto deit_tiny_distilled_patch16_224 dla34 dpn48b ghostnet_050 hrnet_w18_small
-levit_128s mixer_s32_224 mobileone_s0 mobilevit_xxs nf_resnet26 poolformer_s12 regnetz_005 repvgg_a0 res2net50_14w_8s
-resnest14d skresnet18 tinynet_e xcit_nano_12_p16_224
+levit_128s mixer_s32_224 mobileone_s0 mobilevit_xxs nf_resnet26 poolformer_s12 regnetz_005 repvgg_a0
+res2net50_14w_8s resnest14d skresnet18 tinynet_e xcit_nano_12_p16_224
 """
 SIZES = {"torchvision:inception_v3": 96, "torchvision:maxvit_t": 224}  # the smallest that they take
 NAMES = [f"torchvision:{name}" for name in TORCHVISION.split()] + [f"timm:{name}" for name in TIMM.split()]
-FEW = "resnext50_32x4d squeezenet1_1 mobilenet_v3_small regnet_x_400mf tinynet_e mixer_s32_224".split()
+FEW = ["resnext50_32x4d", "squeezenet1_1", "mobilenet_v3_small", "regnet_x_400mf", "tinynet_e"]
+FEW += ["mixer_s32_224"]
 
 
 def network(name: str) -> Classifier:
@@ -77,7 +78,7 @@ def extended(model: Classifier, images: torch.Tensor) -> str:
 
 
 def outcome(action, name: str) -> str:
-    """What came of it: "11 classes", or "refused: ..."; FAILED with an error that is not this package's own."""
+    """What came of it: "11 classes", or "refused: ..."; FAILED with an error that is not ours."""
     model, images = network(name), torch.rand(2, 3, SIZES.get(name, SIZE), SIZES.get(name, SIZE))
     try:
         return action(model, images)

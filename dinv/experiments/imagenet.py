@@ -24,7 +24,7 @@ from dinv.experiments import stages
 from dinv.experiments.device import device
 from dinv.experiments.profiles import Imagenet, Profile, load_profile
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
-from dinv.precision import usual_defaults
+from dinv.precision import settled
 
 PHOTOGRAPHS = {"china.jpg": "palace", "flower.jpg": "daisy"}  # those that scikit-learn carries
 SMALL = 64  # pixels: a network below takes the images of the profile's data set
@@ -228,7 +228,7 @@ def _samples(folder: Path, model: Classifier) -> list[tuple[str, int]]:
     )
 
 
-@usual_defaults()
+@settled
 def of_folder(folder: str, model: Classifier, count: int) -> Dataset:
     """`count` images at random from a folder with one folder for each class, or with images and a list.
 

@@ -16,7 +16,7 @@ from dinv.files import sha256_file
 from dinv.models.checkpoints import CorruptCheckpoint, load_weights
 from dinv.models.classifier import Classifier
 from dinv.models.pretrained import library_names, load_pretrained
-from dinv.precision import usual_defaults
+from dinv.precision import settled
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
@@ -51,7 +51,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-@usual_defaults()
+@settled
 def create_model(
     name: str, domain: str = "cifar10", seed: int = 0, classes: Sequence[str] | None = None
 ) -> Classifier:
@@ -79,7 +79,7 @@ def create_model(
     return model.to(memory_format=torch.channels_last)
 
 
-@usual_defaults()
+@settled
 def load_model(
     name: str, checkpoint: str | Path | None = None, classes: Sequence[str] | None = None
 ) -> Classifier:
