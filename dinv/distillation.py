@@ -343,9 +343,10 @@ def _as_uint8(images: Tensor) -> Tensor:
 
 
 def _require_fitting(teacher: Classifier, student: Classifier, images: Tensor) -> None:
-    preflight(teacher), preflight(student)
-    if len(images):
+    if preflight(teacher) and preflight(student) and len(images):
         teacher.check(images)
     if teacher.shape != student.shape:
-        shapes = [f"{net.name} takes {' x '.join(map(str, net.shape))}" for net in (teacher, student)]
-        raise ValueError(f"a student takes its teacher's images: {', '.join(shapes)}")
+        shapes = ", ".join(
+            f"{net.name} takes {' x '.join(map(str, net.shape))}" for net in (teacher, student)
+        )
+        raise ValueError(f"a student takes its teacher's images: {shapes}")

@@ -102,6 +102,8 @@ class Group:
         """Norm of all weights of a channel, over the group's mean; float32 (width,)."""
         import torch_pruning
 
+        if len(self.units) == 1:
+            return torch.zeros(self.width, device="cpu")  # they stay, and torch-pruning may not know them
         score = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="sum")
         return score(self._dependencies).detach().float().cpu()
 
@@ -167,7 +169,7 @@ def check_prunable(network: Classifier) -> None:
         for group in groups:
             group.remove(group.units[0])
     if wrong:
-        reason = f"its channels are split or shuffled before {wrong}"
+        reason = f"its channels are split, reshaped or shuffled before {wrong}"
         raise ValueError(f"{network.name} cannot be pruned: {reason}")
     try_forward(graph.model)
 
