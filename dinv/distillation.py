@@ -177,10 +177,10 @@ class DistillStep:
     ) -> None:
         self.teacher, self.student = private(teacher).freeze(), private(student).requires_grad_(True)
         self.temperature, self.group, self._places = temperature, group, places(student, teacher)
-        self.precision = choose(precision, teacher.mean.device, teacher, student)
-        compiled = compile == "always" and group is None and compiler_available(teacher.mean.device)
+        device, compiled = teacher.mean.device, compile == "always" and group is None
+        self.precision = choose(precision, device, teacher, student)
         normalise_together(self.student, group)
-        self._compiled = Compiled(self._forward, self.student, compiled)
+        self._compiled = Compiled(self._forward, self.student, compiled and compiler_available(device))
         self._step = GradientStep(self._compiled, self.student, group is None)
 
     @property
@@ -240,7 +240,7 @@ class _Pool:
         self.new.append(new.cpu())
         self.images = torch.cat([self.images, new.to(self.images.device)])
         if not len(self.images):
-            raise ValueError("there are no images to learn from: none to start with, no new ones")
+            raise ValueError("there are no images to learn from: none at the start, no new ones")
         return new
 
     def state(self) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ def distill(
     The last update's weights are the result; at the end the student is in eval mode.
 
     Args:
-        source: a `Source`, or images as for `FixedImages`. `seed` is that of draws and augmentation.
+        source: a `Source`, or images as for `FixedImages`; `seed` is that of draws and augmentation.
         watch: called with the round (from 1) and the student, in eval mode, after every round; its numbers
             go into the history and nowhere else.
         step: for this temperature and kinds of networks: a compiled one to use again, or one with a group.
@@ -346,7 +346,5 @@ def _require_fitting(teacher: Classifier, student: Classifier, images: Tensor) -
     if preflight(teacher) and preflight(student) and len(images):
         teacher.check(images)
     if teacher.shape != student.shape:
-        shapes = ", ".join(
-            f"{net.name} takes {' x '.join(map(str, net.shape))}" for net in (teacher, student)
-        )
-        raise ValueError(f"a student takes its teacher's images: {shapes}")
+        pair = " and ".join(f"{net.name} with {net.shape}" for net in (teacher, student))
+        raise ValueError(f"a student takes its teacher's images, not {pair}")

@@ -173,8 +173,8 @@ def prune(
         raise ValueError('importance="cross-entropy" needs labels; "kl" does without')
     if table is None and (target == "latency" or settings.eta):
         raise ValueError("latency is measured first: pass table=LatencyTable.measure(network)")
-    check_range(images)
     check_prunable(network)
+    check_range(images)
     generator, graph = torch.Generator().manual_seed(seed), dependencies(network)
     small: Classifier = graph.model
 

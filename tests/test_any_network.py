@@ -745,7 +745,7 @@ def test_images_that_are_not_square():
     assert made.images.shape == (4, 3, 8, 12)
     distill(teacher, wrapped(net(), size=(8, 12)), made.images, UPDATES)
     with pytest.raises(
-        ValueError, match="takes its teacher's images: mine takes 3 x 8 x 12, mine takes 3 x 8 x 8"
+        ValueError, match="takes its teacher's images, not mine with .3, 8, 12. and mine with .3, 8, 8."
     ):
         distill(teacher, wrapped(net()), made.images, UPDATES)
 
