@@ -15,7 +15,7 @@ from dinv.distillation import DistillationSettings, DistillStep, FixedImages, In
 from dinv.feature_statistics import NoBatchNorm, Statistics, batchnorm_statistics, measure_statistics
 from dinv.generator import GeneratorSettings, GeneratorSource, generate
 from dinv.inversion import Inversion, InversionSettings, Inverter, balanced_labels, invert
-from dinv.models import Classifier, create_model, load_model
+from dinv.models import Classifier, Unfit, create_model, load_model
 from dinv.objectives import (
     Competition,
     CrossEntropy,
@@ -37,7 +37,7 @@ __all__ = [
     "DistillationSettings", "FeatureStatistics", "FixedImages", "GeneratorSettings", "GeneratorSource",
     "Inversion", "InversionSettings", "InversionSource", "Inverter", "L2Norm", "NoBatchNorm", "NotFinite",
     "Objective", "Pool", "PruningSettings", "Statistics", "Term", "TotalVariation", "TrainingSettings",
-    "balanced_labels", "batchnorm_statistics", "create_model", "distill", "extend", "generate", "invert",
+    "Unfit", "balanced_labels", "batchnorm_statistics", "create_model", "distill", "extend", "generate", "invert",
     "learn", "load_dataset", "load_model", "load_pruned", "measure_statistics", "prune", "synthesize",
     "train",
 ]  # fmt: skip
