@@ -37,7 +37,7 @@ __all__ = [
     "DistillationSettings", "FeatureStatistics", "FixedImages", "GeneratorSettings", "GeneratorSource",
     "Inversion", "InversionSettings", "InversionSource", "Inverter", "L2Norm", "NoBatchNorm", "NotFinite",
     "Objective", "Pool", "PruningSettings", "Statistics", "Term", "TotalVariation", "TrainingSettings",
-    "Unfit", "balanced_labels", "batchnorm_statistics", "create_model", "distill", "extend", "generate", "invert",
-    "learn", "load_dataset", "load_model", "load_pruned", "measure_statistics", "prune", "synthesize",
-    "train",
+    "Unfit", "balanced_labels", "batchnorm_statistics", "create_model", "distill", "extend", "generate",
+    "invert", "learn", "load_dataset", "load_model", "load_pruned", "measure_statistics", "prune",
+    "synthesize", "train",
 ]  # fmt: skip
