@@ -17,6 +17,9 @@ from dinv.models import load_model
 from dinv.objectives import CrossEntropy, Term
 from dinv.pool import synthesize
 
+torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["dinv.experiments.stages", "torch._dynamo"]  # as in test_group: there is one such server
+)
 CHECKOUT = Path(__file__).parents[1]
 CELL = """
 from dinv import CrossEntropy, Inverter, InversionSettings, balanced_labels, load_model
