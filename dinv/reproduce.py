@@ -28,6 +28,10 @@ from dinv.experiments.results import claims_table, read_provenance, read_rows, u
 from dinv.files import cache_root, figures_root, make_folder, repository_root, write_text
 
 ROOT = repository_root()
+SMALLER = (
+    "The card's memory is too small for a batch: make it smaller, for a pool with --set batch_size=64, for a "
+    "student with distillation.settings.batch_size, for a network with teacher_training.batch_size"
+)
 duration = tqdm.format_interval  # "02:06" or "1:02:06"
 
 
@@ -163,7 +167,8 @@ def execute(source: Path, output: Path, parameters: Mapping) -> str:
     try:
         papermill.execute_notebook(source, output, parameters, **options)
     except Exception as error:  # a cell's, a dead kernel's, or what is no notebook
-        return "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()[-12:])
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()[-12:]
+        return "\n".join(lines + [SMALLER] * ("OutOfMemoryError" in str(error)))
     return ""
 
 

@@ -20,9 +20,7 @@ from dinv.pool import synthesize
 from dinv.step import NotFinite
 
 # Two processes are forked from one that has imported everything, which takes longest.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["dinv.experiments.cache", "dinv.pool", "torch._dynamo"]
-)
+multiprocessing.get_context("forkserver").set_forkserver_preload(["dinv.experiments.stages", "torch._dynamo"])
 LABELS = balanced_labels(24, 10)
 SETTINGS = InversionSettings(lr=0.1, jitter=1, stages=((8, 4), (12, 8)), precision="float32", compile="never")
 

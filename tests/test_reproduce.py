@@ -13,7 +13,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dinv import reproduce
-from dinv.experiments.profiles import PROFILES, load_profile
+from dinv.experiments.profiles import PROFILES, flat, load_profile
 from dinv.experiments.results import README_BEGIN, README_END, Run
 
 CHECKOUT = reproduce.ROOT
@@ -62,6 +62,7 @@ def test_notebooks_run_in_order_in_place_and_one_that_fails_does_not_stop_the_ot
 
     assert "00_bad failed:" in err and "ZeroDivisionError: division by zero" in err and "\x1b" not in err
     partial = folder / "figures" / "smoke" / "notebooks" / "00_bad.ipynb"
+    assert "batch" not in err
     assert f"executed so far: {partial}" in err and "ZeroDivisionError" in partial.read_text()
     assert err.endswith("reproduce.sh: failed: 00_bad; the reasons stand above\n"), err
     assert bad.read_bytes() == before
@@ -90,6 +91,15 @@ def test_list_tells_what_is_cached_and_runs_nothing(folder, capsys):
     first, second, *rest = capsys.readouterr().out.splitlines()
     assert first == "00_bad: not run yet" and re.match(r"01_claim: 00:0\d on \w", second)
     assert rest == ["  pool, kept: cached, 02:06", "  pool, gone: to be made, 02:06"]
+
+
+def test_a_card_that_is_too_small_is_told_of_with_the_settings_that_help(folder, capsys):
+    write_notebook(folder, "00_large", "import torch\nraise torch.OutOfMemoryError('CUDA out of memory')")
+    assert reproduce.main(["--profile", "smoke"]) == 1
+    err = capsys.readouterr().err
+    names = re.findall(r"[a-z_.]*batch_size", err)
+    assert err.index("CUDA out of memory") < err.index("The card's memory is too small") and len(names) == 3
+    assert set(names) <= set(flat(load_profile("smoke")))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import itertools
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -98,11 +99,13 @@ def begin(profile: str) -> None:
     if rank() == 0:
         signal.signal(signal.SIGTERM, _terminated)
         listener = Listener(("", 0), backlog=count())
-        store.set("port", str(listener.address[1]))
+        far = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"  # other machines take part
+        store.set("address", f"{socket.gethostname() if far else '127.0.0.1'}:{listener.address[1]}")
         threading.Thread(target=_accept, args=(listener,), daemon=True).start()
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends also one that waits in the store
-    _connection = Client((os.environ["MASTER_ADDR"], int(store.get("port"))))
+    host, _, port = store.get("address").decode().rpartition(":")
+    _connection = Client((host, int(port)))
     _connection.send_bytes(str(rank()).encode())
 
 
