@@ -85,8 +85,6 @@ def test_three_networks(make, tmp_path):
     figure = image_grids({name: images[:20] for name, images in made.items()}, 10)
     figure.savefig(tmp_path / f"{make.__name__}.png")
     smaller = prune(teacher, made["with statistics"], filters=0.1).network
-    print(
-        f"\n{make.__name__}: {accuracy(teacher, images[:2000], real.labels[:2000]):.0f} % of its training images;"
-    )
-    print(f"a verifier names {scores}; in {tmp_path}")
+    learnt = accuracy(teacher, images[:2000], real.labels[:2000])
+    print(f"\n{make.__name__} knows {learnt:.0f} % of its training images, a verifier {scores}: {tmp_path}")
     assert scores["with statistics"] >= 10 and smaller(made["without"][:2]).shape == (2, 10)
