@@ -1,4 +1,4 @@
-"""Notebook 09's processes: each has its rank and one thread, an error ends all, and memory is that of a batch."""
+"""Notebook 09's processes: each has its rank and one thread; an error ends all; memory is a batch's."""
 
 import time
 
@@ -41,10 +41,11 @@ def test_one_batch_alone_and_shared():
     seconds, images = processes(
         2, beside, load_model("resnet_digits"), OBJECTIVE, SETTINGS, balanced_labels(20, 10), 2
     )[0]
-    alone, threads, shared, larger = images.values()
-    assert [len(values) for values in seconds.values()] == [2] * 4 and len(larger) == 40
+    assert [len(values) for values in (*seconds.values(), *images.values())] == [2] * 8
+    alone, threads, shared, larger = (torch.stack(made) for made in images.values())
+    assert larger.shape[1] == 40 and (alone[0] - alone[1]).abs().max() > 0.05  # of two seeds
     assert torch.allclose(alone, shared, atol=1e-4) and torch.allclose(alone, threads, atol=1e-4)
-    assert (alone - larger[:20]).abs().max() > 0.05  # other noise, a larger batch
+    assert (alone - larger[:, :20]).abs().max() > 0.05  # other noise, a larger batch
 
 
 def test_messages_of_every_length_are_timed():
@@ -54,8 +55,8 @@ def test_messages_of_every_length_are_timed():
 
 def test_memory_grows_with_the_batch_and_not_with_the_batches():
     def cost(images, batch_size):
-        labels = balanced_labels(images, 10)
-        return processes(1, pool_cost, load_model("resnet_digits"), OBJECTIVE, SETTINGS, labels, batch_size)[0]
+        arguments = load_model("resnet_digits"), OBJECTIVE, SETTINGS, balanced_labels(images, 10), batch_size
+        return processes(1, pool_cost, *arguments)[0]
 
     (_, one), (_, many), (seconds, large) = cost(200, 200), cost(800, 200), cost(800, 800)
     assert seconds > 0 and one > 5

@@ -144,7 +144,7 @@ class Imagenet:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Notebook 09, all of it ours. What is timed is not compiled, as a batch is not that has several ranks."""
+    """Notebook 09, all of it ours. Nothing is compiled, as a step that several ranks share is not."""
 
     batch_size: int = 240  # of the batch that is shared
     inversion: InversionSettings = InversionSettings(
@@ -319,7 +319,7 @@ SMOKE = replace(
         images_per_class=2, distance="kl", alpha_f=10.0, tv=2.5e-5, l2=3e-8,
         inversion=replace(_DIGITS, stages=((60, 4), (120, 8)), compile="auto"),
         comparison_stages=((100, 8),), transfer_images=128, transfer_epochs=10, seeds=1),
-    scaling=Scaling(60, replace(_DIGITS, steps=100, precision="float32"), steps=10, turns=3,
+    scaling=Scaling(60, replace(_DIGITS, steps=80, precision="float32"), steps=10, turns=3,
                     pools=(100, 200, 400, 800)),
 )
 # fmt: on

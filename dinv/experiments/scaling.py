@@ -25,8 +25,8 @@ from dinv.pool import synthesize
 def processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What each of `count` new processes returns from `work(group, *arguments)`; by rank.
 
-    Each has one thread. They come from a server that has imported this package, not from the caller, so a
-    notebook may start them, and a card may be in use. Where there are fewer cards than ranks, they are shared.
+    Each has one thread, and is forked from a server that has imported this package, not from the caller: a
+    notebook may start them, and a card may be in use. Where there are fewer cards than ranks, they share.
 
     Args:
         work: a function of a module. Its group is None where `count` is 1.
@@ -35,7 +35,7 @@ def processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any
         BrokenProcessPool: one of them died. What `work` raises in one rank is raised here.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which an optimiser takes seconds to load
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter for the optimiser: seconds
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(count, context) as pool:
         calls = [pool.submit(_rank, n, count, f"{folder}/meeting", work, arguments) for n in range(count)]
         return [call.result() for call in calls]
@@ -63,12 +63,13 @@ def beside(
     settings: InversionSettings,
     labels: Tensor,
     turns: int,
-) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+) -> tuple[dict[str, list[float]], dict[str, list[Tensor]]]:
     """One batch by rank 0 alone and by all ranks, in turn, so that a slow moment hits every side.
 
     Returns:
-        The seconds of every turn, and the images, of four sides: one process; one process with as many
-        threads as there are ranks; the ranks; the ranks with as many times the images. Rank 0's count.
+        Seconds and images of every turn, whose number is the seed, for four sides: one process; one process
+        with as many threads as there are ranks; the ranks; the ranks with as many times the images. Rank 0's
+        count: the others have nothing of the first two.
     """
     ranks, teacher = group.size(), teacher.to(_place(teacher))
     alone, shared = (Inverter(teacher, objective, settings, who) for who in (None, group))
@@ -78,16 +79,16 @@ def beside(
         f"{ranks} ranks": (shared, labels, 1),
         f"{ranks} ranks, {ranks} × the images": (shared, labels.repeat(ranks), 1),
     }
-    seconds, images = {name: [] for name in sides}, {}
-    for _ in range(turns + 1):
+    seconds, images = ({name: [] for name in sides} for _ in range(2))
+    for turn in range(-1, turns):  # the first is left out: it loads and prepares
         for name, (inverter, asked, threads) in sides.items():
             dist.barrier(group)  # nobody computes while rank 0 is alone
             if inverter is shared or group.rank() == 0:
                 torch.set_num_threads(threads)
-                made = inverter(asked)
-                seconds[name].append(made.seconds)
-                images[name] = made.images.cpu()
-    return {name: values[1:] for name, values in seconds.items()}, images
+                made = inverter(asked, seed=max(turn, 0))
+                seconds[name] += [made.seconds] * (turn >= 0)
+                images[name] += [made.images.cpu()] * (turn >= 0)
+    return seconds, images
 
 
 def message_seconds(group: Group, device: str, lengths: Sequence[int], turns: int) -> list[list[float]]:
