@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from dinv.experiments.scaling import beside, message_seconds, pool_cost, processes
+from dinv.experiments.scaling import OwnShare, beside, inverted, message_seconds, pool_cost, processes
 from dinv.inversion import InversionSettings, balanced_labels
 from dinv.models import load_model
 from dinv.objectives import CrossEntropy, FeatureStatistics
@@ -61,3 +61,14 @@ def test_memory_grows_with_the_batch_and_not_with_the_batches():
     (_, one), (_, many), (seconds, large) = cost(200, 200), cost(800, 200), cost(800, 800)
     assert seconds > 0 and one > 5
     assert many < 1.3 * one and 3 * one < large < 5 * one
+
+
+def test_each_to_itself_differs_by_the_statistics_alone():
+    teacher, labels = load_model("resnet_digits"), torch.arange(10).repeat_interleave(2)
+    apart = CrossEntropy() + 1.0 * OwnShare()
+    (single,) = processes(1, inverted, teacher, apart, SETTINGS, labels, 1)[0]
+    (together,), (alone,) = (
+        processes(2, inverted, teacher, o, SETTINGS, labels, 1)[0] for o in (OBJECTIVE, apart)
+    )
+    assert torch.allclose(single, together, atol=1e-4)  # one process's own share is the whole
+    assert (alone - together).abs().max() > 0.05

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from timeit import repeat
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from dinv.group import Group, averaged
 from dinv.inversion import InversionSettings, Inverter
 from dinv.models import Classifier
-from dinv.objectives import Objective
+from dinv.objectives import FeatureStatistics, Objective, View
 from dinv.pool import synthesize
 
 
@@ -89,6 +90,30 @@ def beside(
                 seconds[name] += [made.seconds] * (turn >= 0)
                 images[name] += [made.images.cpu()] * (turn >= 0)
     return seconds, images
+
+
+class OwnShare(FeatureStatistics):
+    """The statistics of each rank's own share: what happens where nothing is exchanged."""
+
+    def bind(self, teacher: Classifier) -> OwnShare:
+        known = super().bind(teacher)
+        return OwnShare(known.distance, known.first, known.statistics)
+
+    def __call__(self, view: View) -> Tensor:
+        return super().__call__(replace(view, group=None))
+
+
+def inverted(
+    group: Group | None,
+    teacher: Classifier,
+    objective: Objective,
+    settings: InversionSettings,
+    labels: Tensor,
+    turns: int,
+) -> list[Tensor]:
+    """The images of so many batches, whose number is the seed."""
+    inverter = Inverter(teacher.to(_place(teacher)), objective, settings, group)
+    return [inverter(labels, seed=turn).images.cpu() for turn in range(turns)]
 
 
 def message_seconds(group: Group, device: str, lengths: Sequence[int], turns: int) -> list[list[float]]:
