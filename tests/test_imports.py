@@ -22,7 +22,7 @@ FLOORS = (  # a room imports rooms of lower floors only; a folder that is named 
     "experiments.processes experiments.profiles",
     "experiments.cache",
     "experiments.results experiments.stages experiments.pruning",
-    "experiments.continual experiments.imagenet experiments.notebook experiments.table1",
+    "experiments.continual experiments.imagenet experiments.notebook experiments.scaling experiments.table1",
     "reproduce",
 )
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}

@@ -143,6 +143,17 @@ class Imagenet:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Notebook 09, all of it ours; not compiled, as a shared step is not. A tenth of the steps is timed."""
+
+    batch_size: int = 240  # of the batch that is shared
+    inversion: InversionSettings = InversionSettings(steps=200, lr=0.1, schedule="cosine", compile="never")
+    ranks: int = 2
+    turns: int = 5
+    pools: tuple[int, ...] = (120, 240, 480, 960)  # images, in one batch or in batches of the first size
+
+
+@dataclass(frozen=True)
 class Profile:
     """Everything a notebook may vary. Frozen: `load_profile(name, overrides)` makes variants.
 
@@ -172,6 +183,7 @@ class Profile:
     pruning: Pruning = field(default_factory=Pruning)
     continual: Continual = field(default_factory=Continual)
     imagenet: Imagenet = field(default_factory=Imagenet)
+    scaling: Scaling = field(default_factory=Scaling)
 
     def table(self) -> list[tuple[str, str, str, str]]:
         """Rows of text (setting, here, what the paper states with its mark, what `paper` has instead).
@@ -268,6 +280,7 @@ CPU = replace(
         # Running variances between 0.05 and 566 leave the l2 distance to a few layers: see notebook 07.
         distance="kl", alpha_f=1.0,
         tv=3e-3, l2=1e-5),  # with the paper's 1e-4 there is coloured grain on everything
+    scaling=Scaling(60, replace(Scaling.inversion, steps=40, lr=0.2, flip=False), pools=(15, 30, 60, 120)),
 )
 
 # At 8x8 a shift by two pixels is a quarter of the digit, and a mirrored digit is none.
@@ -302,6 +315,7 @@ SMOKE = replace(
         images_per_class=2, distance="kl", alpha_f=10.0, tv=2.5e-5, l2=3e-8,
         inversion=replace(_DIGITS, stages=((60, 4), (120, 8)), compile="auto"),
         comparison_stages=((100, 8),), transfer_images=128, transfer_epochs=10, seeds=1),
+    scaling=Scaling(60, replace(_DIGITS, steps=80), turns=3, pools=(200, 400, 800, 1600)),
 )
 # fmt: on
 
