@@ -26,14 +26,14 @@ class Trial:
     """What two images told of a network.
 
     Attributes:
-        layout: the memory format that it takes: channels last, or contiguous where it flattens with `view`.
+        layout: the memory format that it takes: "channels_last", or "contiguous_format" where it uses `view`.
         hooks: whether it answers only through forward hooks of its own, which a private copy then keeps.
         calls: how often each layer is called in eval mode, by name; layers that are not are missing.
         head: the layer that gives the logits, linear or a 1x1 convolution; "": neither.
         pixels: whether a gradient reaches the pixels.
     """
 
-    layout: torch.memory_format
+    layout: str  # which every pickler takes
     hooks: bool
     calls: dict[str, int]
     head: str
@@ -57,7 +57,7 @@ def preflight(network: Classifier, pixels: bool = False) -> Trial:
     if known is None or known[0] != mark:
         network.mean, network.std = (x.to(_device(network)) for x in (network.mean, network.std))
         known = network._trial = (_fingerprint(network), _try(network))
-        network.layout = known[1].layout
+        network._layout = known[1].layout
     if pixels and not known[1].pixels:
         advice = "it must not detach them, round them or work under no_grad"
         raise Unfit(f"no gradient of {network.name} reaches its pixels: {advice}")
@@ -67,8 +67,12 @@ def preflight(network: Classifier, pixels: bool = False) -> Trial:
 def private(network: Classifier) -> Classifier:
     """A copy to work with, in float32 or float64 and in the layout that the trial found."""
     trial = preflight(network)
-    own = duplicate(network, trial.hooks)
-    return (own.float() if own.dtype in HALVES else own).to(memory_format=trial.layout)
+    return _prepared(duplicate(network, trial.hooks), trial.layout)
+
+
+def _prepared(own: Classifier, layout: str) -> Classifier:
+    own._layout = layout
+    return (own.float() if own.dtype in HALVES else own).to(memory_format=own.layout)
 
 
 def _fingerprint(network: Classifier) -> tuple:
@@ -97,11 +101,9 @@ def _try(network: Classifier) -> Trial:
         expected = _answer(network, images)
         kept, trial = any(module._forward_hooks for module in network.modules()), None
         for hooks in (False, True) if kept else (False,):
-            for layout in (torch.channels_last, torch.contiguous_format):
+            for layout in ("channels_last", "contiguous_format"):
                 _answer(network, torch.zeros_like(images))  # a copy shall not find this batch lying about
-                copied = duplicate(network, hooks).freeze()
-                copied = (copied.float() if copied.dtype in HALVES else copied).to(memory_format=layout)
-                copied.layout = layout
+                copied = _prepared(duplicate(network, hooks), layout).freeze()
                 try:
                     trial, logits = _watched(copied, images, hooks)
                 except Exception as error:  # of the user's own forward
@@ -159,7 +161,7 @@ def _watched(network: Classifier, images: Tensor, hooks: bool) -> tuple[Trial, T
     reached, apart = gradients[0] is not None, (logits[0] != logits[1]).any()
     if reached and not gradients[0].any() and apart:  # answers that differ without a slope between them
         reached = False
-    return Trial(network.layout, hooks, calls, heads[-1] if heads else "", reached), logits.detach()
+    return Trial(network._layout, hooks, calls, heads[-1] if heads else "", reached), logits.detach()
 
 
 def _outputs(module: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """Networks as researchers bring them: each works, or is refused in a sentence before anything is spent."""
 
+import copy
 import random
 import time
 
@@ -118,7 +119,7 @@ def test_a_network_that_flattens_with_view(flatten):
     odd, plain = wrapped(LeNet(flatten)), wrapped(LeNet(lambda x: torch.flatten(x, 1)))
     torch.testing.assert_close(dreams(odd).images, dreams(plain).images)
     torch.testing.assert_close(predict(odd, IMAGES), predict(plain, IMAGES))
-    assert preflight(odd).layout == torch.contiguous_format != preflight(plain).layout
+    assert odd.layout == torch.contiguous_format != plain.layout
     distill(plain, odd, IMAGES, UPDATES)
     distill(odd, wrapped(net()), IMAGES, UPDATES)
     dreams(plain, PRIOR + Competition(odd))
@@ -769,6 +770,14 @@ def test_the_trial_is_made_once_and_again_when_the_network_changes(monkeypatch):
     teacher.net[8] = nn.Linear(8, 3, bias=False)
     predict(teacher, IMAGES)
     assert trials == [teacher, teacher]
+
+
+def test_a_network_can_be_saved_whole_after_the_trial(tmp_path):
+    teacher = wrapped(LeNet(by_view))
+    expected = predict(teacher, IMAGES)
+    torch.save(copy.deepcopy(teacher), tmp_path / "whole.pt")
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(predict(again, IMAGES), expected)
 
 
 def test_the_trial_leaves_the_network_as_it_was(portrait):

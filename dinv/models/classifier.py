@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         classes, name: the K class names, or K; what tables call the network (by default its class's name).
     """
 
-    layout = torch.channels_last  # of weights and images; the trial pass finds who needs another
+    _layout = "channels_last"  # the trial pass finds who needs another
 
     def __init__(
         self,
@@ -91,6 +91,11 @@ class Classifier(nn.Module):
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         return self.mean.shape[1], *sides(self.size)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Of weights and images."""
+        return getattr(torch, self._layout)
 
     @property
     def channels(self) -> int:
