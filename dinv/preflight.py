@@ -102,7 +102,8 @@ def _try(network: Classifier) -> Trial:
         kept, trial = any(module._forward_hooks for module in network.modules()), None
         for hooks in (False, True) if kept else (False,):
             for layout in ("channels_last", "contiguous_format"):
-                _answer(network, torch.zeros_like(images))  # a copy shall not find this batch lying about
+                if kept or _left_behind(network):
+                    _answer(network, torch.zeros_like(images))  # a copy must not answer by what lies about
                 copied = _prepared(duplicate(network, hooks), layout).freeze()
                 try:
                     trial, logits = _watched(copied, images, hooks)
@@ -116,6 +117,14 @@ def _try(network: Classifier) -> Trial:
             return trial  # it draws random numbers in eval mode as well: nothing to compare
     advice = "hooks or tensors outside its layers, which a copy cannot share, must go"
     raise Unfit(f"a private copy of {network.name} {reason}: {advice}")
+
+
+def _left_behind(network: Classifier) -> bool:
+    """Whether modules hold tensors besides their weights and buffers, as from a forward pass."""
+    held = [value for module in network.modules() for key, value in vars(module).items() if key[0] != "_"]
+    held += [inner for value in held if isinstance(value, dict) for inner in value.values()]
+    held += [inner for value in held if isinstance(value, list | tuple) for inner in value]
+    return any(isinstance(value, Tensor) for value in held)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ PRIOR = CrossEntropy() + 1e-4 * TotalVariation() + 1e-5 * L2Norm()
 
 def one_step(model, size, terms):
     """The images after one step, the objective, and how far the step went."""
+    model.size = size  # for the trial pass, too
     settings = InversionSettings(stages=((2, size),), lr=0.1, jitter=4, keep="last", compile="never")
     result = invert(model.freeze(), torch.tensor([3, 7]), terms, settings, snapshots=[0])
     return result.images, result.losses["objective"], (result.images - result.snapshots[0]).abs().mean()
@@ -40,6 +41,7 @@ def test_a_step_of_any_network_with_batchnorm(name, size, distance):
 @pytest.mark.parametrize("name, size", WITHOUT.items())
 def test_without_batchnorm_it_says_so_and_works_with_measured_statistics(name, size):
     model = create_model(name)
+    model.size = size
     with pytest.raises(NoBatchNorm, match="measure_statistics"):
         one_step(model, size, PRIOR + FeatureStatistics())
     statistics = measure_statistics(model, torch.rand(4, 3, size, size))
