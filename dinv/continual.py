@@ -115,7 +115,7 @@ def _same_answers(one: Classifier, other: Classifier) -> bool:
     images = torch.rand(2, *one.shape, generator=torch.Generator().manual_seed(0)).to(one.mean.device)
     count = min(len(one.classes), len(other.classes))
     pair = [predict(network, images)[:, :count].log_softmax(1) for network in (one, other)]
-    return torch.allclose(*pair, rtol=1e-3, atol=1e-3)
+    return not bool(((pair[0] - pair[1]).abs() > 1e-3).any())
 
 
 def renumbered(data: Dataset, network: Classifier) -> Dataset:

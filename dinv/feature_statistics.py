@@ -97,12 +97,12 @@ def batchnorm_statistics(model: nn.Module, copy: bool = True) -> Statistics:
     modules = {name: module for name, module in called.items() if keeps_statistics(module)}
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     if not modules or scripted:
-        reason = "has no BatchNorm layer with running statistics: nothing in it remembers the training set"
+        reason = "has no BatchNorm layer with running statistics, so nothing in it remembers the training set"
         if scripted:
-            reason = "is TorchScript, whose layers cannot be watched: load the module itself"
+            reason = "is TorchScript, whose layers cannot be watched, though they may hold statistics"
         raise NoBatchNorm(
-            f"{title} {reason}; or measure statistics on images you have, measure_statistics(model, images), "
-            "and pass FeatureStatistics(statistics=...)"
+            f"{title} {reason}: measure them on images you have, measure_statistics(model, images), and pass "
+            "FeatureStatistics(statistics=...)"
         )
     without = [n for n, m in called.items() if isinstance(m, _BatchNorm) and not keeps_statistics(m)]
     if without:
