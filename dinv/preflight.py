@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinv.models.classifier import Classifier, Unfit, duplicate, evaluating
+from dinv.models.classifier import Classifier, Unfit, duplicate, evaluating, held_tensors
 from dinv.precision import own_defaults
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -102,7 +102,7 @@ def _try(network: Classifier) -> Trial:
         kept, trial = any(module._forward_hooks for module in network.modules()), None
         for hooks in (False, True) if kept else (False,):
             for layout in ("channels_last", "contiguous_format"):
-                if kept or _left_behind(network):
+                if kept or any(True for _ in held_tensors(network)):
                     _answer(network, torch.zeros_like(images))  # a copy must not answer by what lies about
                 copied = _prepared(duplicate(network, hooks), layout).freeze()
                 try:
@@ -117,14 +117,6 @@ def _try(network: Classifier) -> Trial:
             return trial  # it draws random numbers in eval mode as well: nothing to compare
     advice = "hooks or tensors outside its layers, which a copy cannot share, must go"
     raise Unfit(f"a private copy of {network.name} {reason}: {advice}")
-
-
-def _left_behind(network: Classifier) -> bool:
-    """Whether modules hold tensors besides their weights and buffers, as from a forward pass."""
-    held = [value for module in network.modules() for key, value in vars(module).items() if key[0] != "_"]
-    held += [inner for value in held if isinstance(value, dict) for inner in value.values()]
-    held += [inner for value in held if isinstance(value, list | tuple) for inner in value]
-    return any(isinstance(value, Tensor) for value in held)
 
 
 @torch.no_grad()

@@ -195,6 +195,16 @@ def sides(size: Size) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def held_tensors(network: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules hold besides weights and buffers, by themselves or in a list or dictionary."""
+    for module in network.modules():
+        for key, held in vars(module).items():
+            if key not in ("_parameters", "_buffers"):
+                held = list(held.values()) if isinstance(held, dict) else held
+                among = held if isinstance(held, list | tuple) else [held]
+                yield from (value for value in among if isinstance(value, Tensor))
+
+
 def duplicate(network: Classifier, hooks: bool = True) -> Classifier:
     """A deep copy. Tensors that a forward pass left behind, which PyTorch does not copy, come detached.
 
@@ -204,12 +214,7 @@ def duplicate(network: Classifier, hooks: bool = True) -> Classifier:
     Raises:
         Unfit: it cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for module in network.modules():
-        for held in vars(module).values():
-            held = list(held.values()) if isinstance(held, dict) else held
-            among = held if isinstance(held, list | tuple) else [held]
-            memo |= {id(x): x.detach().clone() for x in among if isinstance(x, Tensor) and not x.is_leaf}
+    memo = {id(x): x.detach().clone() for x in held_tensors(network) if not x.is_leaf}
     try:
         with torch.no_grad():  # or TorchScript's weights would be results of a computation
             copied = copy.deepcopy(network, memo)
