@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -180,8 +181,9 @@ class FeatureStatistics(Term):
 
     def bind(self, teacher: nn.Module) -> FeatureStatistics:
         statistics = self.statistics or batchnorm_statistics(teacher, copy=False)
-        device = next(teacher.parameters()).device
-        return FeatureStatistics(self.distance, self.first, statistics.to(device))
+        bound = copy.copy(self)  # of a subclass, too
+        bound.statistics = statistics.to(next(teacher.parameters()).device)
+        return bound
 
     def layers(self) -> tuple[str, ...]:
         return self.statistics.layers if self.statistics is not None else ()
@@ -218,7 +220,8 @@ class Competition(Term):
         self.student, self.agreeing = student, agreeing
 
     def bind(self, teacher: Classifier) -> Competition:
-        bound = Competition(private(self.student).freeze().to(teacher.mean.device), self.agreeing)
+        bound = copy.copy(self)
+        bound.student = private(self.student).freeze().to(teacher.mean.device)
         bound._places = places(teacher, self.student)
         return bound
 

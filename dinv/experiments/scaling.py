@@ -95,10 +95,6 @@ def beside(
 class OwnShare(FeatureStatistics):
     """The statistics of each rank's own share: what happens where nothing is exchanged."""
 
-    def bind(self, teacher: Classifier) -> OwnShare:
-        known = super().bind(teacher)
-        return OwnShare(known.distance, known.first, known.statistics)
-
     def __call__(self, view: View) -> Tensor:
         return super().__call__(replace(view, group=None))
 
