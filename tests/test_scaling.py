@@ -58,8 +58,8 @@ def test_memory_grows_with_the_batch_and_not_with_the_batches():
         arguments = load_model("resnet_digits"), OBJECTIVE, SETTINGS, balanced_labels(images, 10), batch_size
         return processes(1, pool_cost, *arguments)[0]
 
-    (_, one), (_, many), (seconds, large) = cost(200, 200), cost(800, 200), cost(800, 800)
-    assert seconds > 0 and one > 5
+    (_, one), (_, many), (seconds, large) = cost(1000, 1000), cost(4000, 1000), cost(4000, 4000)
+    assert seconds > 0 and one > 25
     assert many < 1.3 * one and 3 * one < large < 5 * one
 
 
