@@ -90,13 +90,23 @@ def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch_size: int 
         for part, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             loss = F.cross_entropy(network(to_float(part, device)), targets.to(device), reduction="sum")
             gradients = zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True)
-            change = {layer: (outputs[layer].detach() * g).flatten(2).sum(2) for layer, g in gradients}
+            change = {layer: _by_image(network, layer, len(part), outputs[layer], g) for layer, g in gradients}
             for total, group in zip(totals, groups, strict=True):
                 shut = change[group.gates[0][0]].new_zeros(len(part), group.width)
                 for layer, own, root in group.gates:
                     shut.index_add_(1, root.to(device), change[layer][:, own.to(device)])
                 total += shut.cpu().double().square().sum(0)  # Apple's cards have no float64
     return [(total / len(images)).float() for total in totals]
+
+
+def _by_image(network: Classifier, layer: nn.Module, count: int, output: Tensor, gradient: Tensor) -> Tensor:
+    if len(output) != count:  # rows of another kind, such as the tokens of all images one after the other
+        name = next(name for name, other in network.named_modules() if other is layer)
+        raise ValueError(
+            f"{network.name} cannot be pruned: its layer {name} sees {len(output)} rows of {count} images, "
+            "so their importance is no image's; PruningSettings(importance=\"magnitude\") does without"
+        )
+    return (output.detach() * gradient).unsqueeze(-1).flatten(2).sum(2)
 
 
 def sampled_labels(network: Classifier, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -74,6 +74,31 @@ def test_a_grouped_convolution_loses_as_many_channels_from_each_group(groups, le
     assert torch.equal(again.network(images()), pruned.network(images()))
 
 
+def with_a_norm_after_pooling(rows):
+    """BatchNorm1d over pooled features: one row an image, or one for every pixel that is left."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(rows))
+            self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.features(x).flatten(2).transpose(1, 2)
+            return self.head(self.norm(x.flatten(0, 1)).reshape(x.shape).mean(1))
+
+    torch.manual_seed(0)
+    return Classifier(Net(), (0.5,) * 3, (0.25,) * 3, 8, "abc", "theirs").freeze()
+
+
+def test_a_norm_of_rows_is_pruned_where_a_row_is_an_image():
+    check(with_a_norm_after_pooling(1), 0.25, step=0.25)
+    tokens = with_a_norm_after_pooling(2)
+    with pytest.raises(ValueError, match=r"theirs cannot be pruned: its layer net\.norm sees 24 rows of 6 im"):
+        prune(tokens, images(), filters=0.25)
+    check(tokens, 0.25, step=0.25, importance="magnitude")
+
+
 def test_units_are_as_the_layers_divide_their_channels():
     first, grouped, _ = filter_groups(dependencies(resnext(4)))
     assert first.units == [[0, 2, 4, 6], [1, 3, 5, 7]]
