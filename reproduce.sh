@@ -16,7 +16,7 @@ case ${1:-reproduce} in
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$root/reproduce.sh" && exit ;;
     clean) [ $# = 1 ] || fail 2 "clean takes no option"; cd "$root" && rm -rf runs book figures/*/notebooks .pytest_cache .ruff_cache && exit ;;
     reproduce | test | bench | lab | book | -*) ;;
-    smoke | cpu | gpu | paper) fail 2 "unknown word '$1': did you mean --profile $1?" ;;
+    smoke | cpu | night | gpu | paper) fail 2 "unknown word '$1': did you mean --profile $1?" ;;
     *) near='import difflib, sys; print(*map(": did you mean {}?".format, difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)))'
         near=$("$python" -c "$near" "$1" $words 2>/dev/null) || true; fail 2 "unknown word '$1'${near:-.} The words are ${words// /, }" ;;
 esac

@@ -29,7 +29,8 @@ from torch import Tensor
 WIDTH, GREY = 5.5, "#8c8c8c"
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 STYLES = {  # name as shown -> colour, marker, line style
-    "noise": (GREY, "X", ":"), "DeepDream": ("#E69F00", "s", "--"), "DeepInversion": ("#0072B2", "o", "-"),
+    "noise": (GREY, "X", ":"), "raw noise": ("#c4c4c4", "x", ":"),
+    "DeepDream": ("#E69F00", "s", "--"), "DeepInversion": ("#0072B2", "o", "-"),
     "ADI": ("#D55E00", "D", "-."), "generator": ("#009E73", "^", ":"), "real images": ("#000000", "p", "-"),
     "teacher": ("#56B4E9", "P", "-"), "verifier": ("#CC79A7", "v", "--"),
 }  # fmt: skip

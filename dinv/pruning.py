@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from dinv.checks import check_settings
@@ -90,7 +90,9 @@ def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch_size: int 
         for part, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             loss = F.cross_entropy(network(to_float(part, device)), targets.to(device), reduction="sum")
             gradients = zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True)
-            change = {layer: _by_image(network, layer, len(part), outputs[layer], g) for layer, g in gradients}
+            change = {
+                layer: _by_image(network, layer, len(part), outputs[layer], g) for layer, g in gradients
+            }
             for total, group in zip(totals, groups, strict=True):
                 shut = change[group.gates[0][0]].new_zeros(len(part), group.width)
                 for layer, own, root in group.gates:
@@ -104,7 +106,7 @@ def _by_image(network: Classifier, layer: nn.Module, count: int, output: Tensor,
         name = next(name for name, other in network.named_modules() if other is layer)
         raise ValueError(
             f"{network.name} cannot be pruned: its layer {name} sees {len(output)} rows of {count} images, "
-            "so their importance is no image's; PruningSettings(importance=\"magnitude\") does without"
+            'so their importance is no image\'s; PruningSettings(importance="magnitude") does without'
         )
     return (output.detach() * gradient).unsqueeze(-1).flatten(2).sum(2)
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from dinv.checks import near
 from dinv.experiments import device, processes
-from dinv.experiments.profiles import flat, load_profile
+from dinv.experiments.overrides import flat
+from dinv.experiments.profiles import load_profile
 from dinv.experiments.results import claims_table, read_provenance, read_rows, update_readme
 from dinv.files import cache_root, figures_root, make_folder, repository_root, write_text
 

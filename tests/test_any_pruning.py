@@ -94,7 +94,9 @@ def with_a_norm_after_pooling(rows):
 def test_a_norm_of_rows_is_pruned_where_a_row_is_an_image():
     check(with_a_norm_after_pooling(1), 0.25, step=0.25)
     tokens = with_a_norm_after_pooling(2)
-    with pytest.raises(ValueError, match=r"theirs cannot be pruned: its layer net\.norm sees 24 rows of 6 im"):
+    with pytest.raises(
+        ValueError, match=r"theirs cannot be pruned: its layer net\.norm sees 24 rows of 6 im"
+    ):
         prune(tokens, images(), filters=0.25)
     check(tokens, 0.25, step=0.25, importance="magnitude")
 

@@ -1,4 +1,4 @@
-"""Profiles: overrides by name and type, and that the four are one experiment with other numbers."""
+"""Profiles: overrides by name and type, and that the five are one experiment with other numbers."""
 
 import dataclasses
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from dinv.data import DATASETS
-from dinv.experiments.profiles import PROFILES, SEEDED, STATED, flat, load_profile, with_seeds
+from dinv.experiments.overrides import flat
+from dinv.experiments.profiles import PROFILES, SEEDED, load_profile, with_seeds
+from dinv.experiments.settings import STATED
 from dinv.models import DOMAINS, NETWORKS
 
 
@@ -112,7 +114,7 @@ def test_an_unknown_setting_is_answered_with_the_nearest_and_all(key, message):
 
 @pytest.mark.parametrize("name, nearest", [("smokey", "smoke"), ("Paper", "paper"), ("gpus", "gpu")])
 def test_an_unknown_profile_is_answered_with_the_nearest_and_all(name, nearest):
-    with pytest.raises(ValueError, match=f"profile '{name}': did you mean {nearest}.*smoke, cpu, gpu"):
+    with pytest.raises(ValueError, match=f"profile '{name}': did you mean {nearest}.*smoke, cpu, night, gpu"):
         load_profile(name)
 
 

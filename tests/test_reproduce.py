@@ -13,7 +13,8 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dinv import reproduce
-from dinv.experiments.profiles import PROFILES, flat, load_profile
+from dinv.experiments.overrides import flat
+from dinv.experiments.profiles import PROFILES, load_profile
 from dinv.experiments.results import README_BEGIN, README_END, Run
 
 CHECKOUT = reproduce.ROOT

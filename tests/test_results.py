@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dinv.experiments import cache, results
-from dinv.experiments.profiles import flat, load_profile, with_seeds
+from dinv.experiments.overrides import flat
+from dinv.experiments.profiles import load_profile, with_seeds
 from dinv.experiments.results import COLUMNS, README_BEGIN, README_END, Claim, Run, read_rows, update_readme
 
 pytestmark = pytest.mark.usefixtures("apart")

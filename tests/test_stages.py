@@ -113,11 +113,15 @@ def test_a_student_is_distilled_in_place_and_its_curve_never_goes_stale(teacher,
     assert not cached() and distilled(seed=1)[1] != plain[1]
 
 
-def test_a_pair_names_a_teacher_of_the_profile(short_profile):
+def test_a_pair_names_a_teacher_and_a_student(short_profile, monkeypatch):
     teacher, student = stages.networks_of(short_profile(), "vgg_digits->resnet_digits")
     assert (teacher.name, student) == ("vgg_digits", "resnet_digits")
-    for pair in ("resnet_small->resnet_digits", "resnet_digits"):
-        with pytest.raises(ValueError, match="must read TEACHER->STUDENT, .* vgg_digits, resnet_digits"):
+    asked = []
+    monkeypatch.setattr(stages, "network", lambda profile, role: asked.append((profile.teacher, role)))
+    assert stages.networks_of(short_profile(), "resnet_tiny->vgg_digits")[1] == "vgg_digits"
+    assert asked == [("resnet_tiny", "teacher")]  # neither of the profile's: trained as its teacher is
+    for pair in ("resnet_digits->resnet", "resnet_digits"):
+        with pytest.raises(ValueError, match="must read TEACHER->STUDENT, .* resnet_digits, vgg_digits"):
             stages.networks_of(short_profile(), pair)
 
 

@@ -2,20 +2,22 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinv.compiling import forward_flops
 from dinv.data import load_dataset
 from dinv.distillation import FixedImages, InversionSource
 from dinv.experiments import paper, table1
-from dinv.experiments.profiles import PAPER, PROFILES, load_profile
+from dinv.experiments.profiles import PROFILES, load_profile
+from dinv.experiments.settings import PAPER
 from dinv.experiments.stages import distill, fresh_student, networks_of, synthesize
-from dinv.generator import GeneratorSource
+from dinv.generator import GeneratorSource, create_generator
 from dinv.inversion import Inverter, balanced_labels
-from dinv.models import create_model
+from dinv.models import NETWORKS, create_model
 from dinv.objectives import CrossEntropy, FeatureStatistics, L2Norm, TotalVariation
 
 PAIR = "resnet_digits->vgg_digits"
-DATA_FREE = ("noise", "DeepDream", "DeepInversion", "ADI", "generator")
+DATA_FREE = ("raw noise", "noise", "DeepDream", "DeepInversion", "ADI", "generator")
 SHORT = {
     **{"batch_size": 20, "distillation.start_images": 40},
     **{"distillation.inversion.stages": ((3, 8),), "distillation.settings.rounds": 3},
@@ -36,6 +38,7 @@ def objectives_of(profile):
     prior = CrossEntropy() + chosen.tv * TotalVariation() + profile.l2 * L2Norm()
     of_generator = CrossEntropy() + profile.tv * TotalVariation() + profile.l2 * L2Norm()
     return {
+        "noise": 1.0 * CrossEntropy(),
         "DeepDream": prior,
         "DeepInversion": prior + profile.alpha_f * FeatureStatistics(),
         "generator": of_generator + profile.generator.alpha_f * FeatureStatistics(),
@@ -58,7 +61,7 @@ def source_of(profile, method, teacher, seed=0):
         start = pool_of(profile, "DeepInversion", teacher, seed).images[: d.start_images]
         options = {"batch_size": profile.batch_size, "seed": seed, "competition": d.alpha_c}
         return InversionSource(teacher, objectives["DeepInversion"], d.inversion, start=start, **options)
-    if method == "noise":
+    if method == "raw noise":
         images = table1.noise(teacher, table1.image_count(profile), seed)
     else:
         images = pool_of(profile, method, teacher, seed).images
@@ -70,9 +73,9 @@ def test_all_methods_have_the_same_number_of_images_and_objectives_that_grow(pro
     assert names["DeepInversion"] == names["generator"] == (*names["DeepDream"], "feature statistics")
     teacher, architecture = networks_of(profile, PAIR)
     assert architecture == "vgg_digits" and table1.image_count(profile) == 80
-    assert [len(source_of(profile, name, teacher).start) for name in DATA_FREE] == [40] * 4 + [0]
+    assert [len(source_of(profile, name, teacher).start) for name in DATA_FREE] == [40] * 5 + [0]
     student = create_model("vgg_digits", "digits").freeze()
-    for method in ("noise", "DeepDream", "DeepInversion", "ADI"):
+    for method in DATA_FREE[:-1]:
         source = source_of(profile, method, teacher)
         assert source(0, student) is None  # a round with the first images alone
         assert [source(number, student).shape for number in (1, 2)] == [(20, 1, 8, 8)] * 2
@@ -83,10 +86,37 @@ def test_the_work_of_a_method_is_counted_by_hand(profile):
     one, two = forward_flops(teacher), forward_flops(student)
     updates = 3 * 2 * 20 * (one + 3 * two)  # rounds, updates, batch
     assert one != two
-    assert table1.work(profile, "noise", teacher, student) == (0, updates)
+    assert table1.work(profile, "raw noise", teacher, student) == (0, updates)
+    assert table1.work(profile, "all real", teacher, student) == (0, updates)
     assert table1.work(profile, "DeepInversion", teacher, student) == (80 * 3 * 2 * one, updates)
+    assert table1.work(profile, "noise", teacher, student) == (80 * 3 * 2 * one, updates)  # optimised, too
     adaptive = 80 * 3 * 2 * one + 40 * 3 * 2 * two  # the student looks at the images of the rounds alone
     assert table1.work(profile, "ADI", teacher, student) == (adaptive, updates)
+    synthesis, learning = table1.work(profile, "generator", teacher, student)
+    rounds, steps, images = 3, 2, 20
+    maker = FlopCounterMode(display=False)
+    with maker, torch.no_grad():
+        network = create_generator(teacher, profile.generator.settings).eval()
+        network(torch.zeros(1, profile.generator.settings.latent_dim), torch.tensor([0]))
+    competing = (rounds - 1) * images * steps * 2 * two  # not in the round of the warm-up
+    expected = rounds * images * steps * (2 * one + 3 * maker.get_total_flops()) + competing
+    assert (synthesis, learning) == (expected, updates / 20 * 64) and maker.get_total_flops() > 0
+
+
+def test_rounds_make_updates_or_work_equal(profile, short_profile):
+    teacher, student = (create_model(name, "digits").freeze() for name in ("resnet_digits", "vgg_digits"))
+    longer = short_profile(SHORT | {"generator.distillation.rounds": 50})
+    assert table1.at_equal_updates(longer, "generator").rounds == 3
+    assert table1.at_equal_updates(profile, "ADI") == profile.distillation.settings
+    budget = sum(table1.work(profile, "ADI", teacher, student))
+    for name in ("generator", "all real", "ADI"):
+        rounds = table1.at_equal_work(profile, name, teacher, student).rounds
+        part = "generator.distillation" if name == "generator" else "distillation.settings"
+        fewer, more = (
+            sum(table1.work(short_profile(SHORT | {f"{part}.rounds": r}), name, teacher, student))
+            for r in (rounds, rounds + 1)
+        )
+        assert fewer <= 1.2 * budget and more > budget, name  # the generator's warm-up is no share of all
 
 
 def test_adi_begins_with_the_images_of_deepinversion_and_goes_on_with_its_seeds(profile):
@@ -136,7 +166,7 @@ def test_the_ceilings_have_their_share_of_every_class(profile):
 def test_the_columns_of_every_profile_fit_its_networks_and_batches(name):
     profile = load_profile(name)
     for pair in profile.distillation.pairs:
-        assert pair.partition("->")[0] in (profile.teacher, profile.verifier)
+        assert set(pair.split("->")) <= set(NETWORKS)
     assert profile.distillation.start_images % profile.batch_size == 0
 
 

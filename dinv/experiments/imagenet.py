@@ -22,7 +22,8 @@ from dinv.compiling import distillation_flops, inversion_flops
 from dinv.data import Dataset, load_dataset
 from dinv.experiments import stages
 from dinv.experiments.device import device
-from dinv.experiments.profiles import Imagenet, Profile, load_profile
+from dinv.experiments.profiles import load_profile
+from dinv.experiments.settings import Imagenet, Profile
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
 from dinv.precision import settled
 

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from dinv import figures
 from dinv.experiments import device
-from dinv.experiments.profiles import Profile, load_profile, with_seeds
+from dinv.experiments.profiles import load_profile, with_seeds
 from dinv.experiments.results import Run
+from dinv.experiments.settings import Profile
 
 
 def start(

@@ -26,11 +26,13 @@ from scipy.stats import t as student_t
 
 from dinv.checks import near
 from dinv.experiments import cache, device, processes
-from dinv.experiments.profiles import SEEDED, Profile, flat, load_profile
+from dinv.experiments.overrides import flat
+from dinv.experiments.profiles import SEEDED, load_profile
+from dinv.experiments.settings import Profile
 from dinv.files import cache_root, figures_root, locked, make_folder, repository_root, write_text
 
 COLUMNS = "chapter,table,row,column,metric,value,sd,n,values,holds,command"
-RICHEST_FIRST = ("paper", "gpu", "cpu", "smoke")
+RICHEST_FIRST = ("paper", "gpu", "night", "cpu", "smoke")
 README_BEGIN, README_END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -164,8 +166,11 @@ class Run:
         return pd.DataFrame(self._rows.values(), columns=COLUMNS.split(","))
 
     def finish(self) -> None:
-        """Write `results.csv` and `provenance.json` without what earlier runs of this chapter left there."""
-        self._write(earlier=False)
+        """Write `results.csv` and `provenance.json` without what earlier runs of this chapter left there.
+
+        Other columns of Table 1 stay, where this run was asked for some of them only.
+        """
+        self._write(earlier="distillation.pairs" in changed_settings(self.profile))
 
     def _write(self, earlier: bool = True) -> None:
         """Put the rows so far into results.csv, in place of the same cells or, not `earlier`, of the chapter.

@@ -6,7 +6,7 @@ A network that is trained in place is frozen afterwards. Keys are made of all th
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +17,9 @@ from dinv.data import Dataset, load_dataset
 from dinv.distillation import DistillationResult, DistillationSettings, DistillStep, Source
 from dinv.experiments.cache import stage
 from dinv.experiments.device import device
-from dinv.experiments.profiles import Profile
+from dinv.experiments.settings import Profile
 from dinv.files import NO_CHECKPOINT
-from dinv.models import Classifier, create_model, load_model, shipped_models
+from dinv.models import NETWORKS, Classifier, create_model, load_model, shipped_models
 from dinv.training import TrainingSettings, accuracy
 
 EVAL_IMAGES = 2000  # test images for the curves; the tables take them all
@@ -94,14 +94,16 @@ synthesize_from = stage("pool", version=1)(generator.synthesize_from)
 def networks_of(profile: Profile, pair: str) -> tuple[Classifier, str]:
     """A column of Table 1, such as "resnet_small->resnet_tiny": the teacher, frozen, and a student's name.
 
+    A teacher that is neither the profile's teacher nor its verifier is shipped, or trained as its teacher is.
+
     Raises:
-        ValueError: its teacher is neither the profile's teacher nor its verifier.
+        ValueError: it is no pair of networks.
     """
     name, _, student = pair.partition("->")
-    roles = {getattr(profile, role): role for role in ("verifier", "teacher")}
-    if name not in roles or not student:
-        raise ValueError(f"pair {pair!r} must read TEACHER->STUDENT, the teacher one of {', '.join(roles)}")
-    return network(profile, roles[name]), student
+    if not {name, student} <= set(NETWORKS):
+        raise ValueError(f"pair {pair!r} must read TEACHER->STUDENT, each one of {', '.join(NETWORKS)}")
+    role = "verifier" if name == profile.verifier else "teacher"
+    return network(replace(profile, **{role: name}), role), student
 
 
 def fresh_student(profile: Profile, architecture: str, seed: int) -> Classifier:

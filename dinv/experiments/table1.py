@@ -5,17 +5,21 @@ All methods of a column begin with the same weights and make the same updates; o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from dinv.compiling import distillation_flops, inversion_flops
+from dinv.compiling import distillation_flops, forward_flops, inversion_flops
 from dinv.data import load_dataset
-from dinv.distillation import DistillationResult
-from dinv.experiments.profiles import Profile
+from dinv.distillation import DistillationResult, DistillationSettings
+from dinv.experiments.settings import Profile
+from dinv.generator import create_generator
 from dinv.models import Classifier
 from dinv.pool import to_uint8
 
-PIXELS = ("DeepDream", "DeepInversion", "ADI")  # methods that optimise pixels
+PIXELS = ("noise", "DeepDream", "DeepInversion", "ADI")  # methods that optimise pixels
 WARMUP_ROUNDS = 1  # rounds in which a student learns from the first images, before new ones come
 
 
@@ -26,7 +30,10 @@ def image_count(profile: Profile) -> int:
 
 
 def noise(teacher: Classifier, count: int, seed: int = 0) -> Tensor:
-    """Gaussian noise in the teacher's units, with which every inversion begins; uint8 (count, C, H, W)."""
+    """Gaussian noise in the teacher's units, with which every inversion begins; uint8 (count, C, H, W).
+
+    The paper's row "noise" is another: images optimised by the cross-entropy alone [M].
+    """
     shape = (count, teacher.channels, teacher.size, teacher.size)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return to_uint8((pixels * teacher.std.cpu() + teacher.mean.cpu()).clamp(0, 1))
@@ -75,14 +82,52 @@ def timeline(result: DistillationResult, before: float = 0.0) -> tuple[list[floa
 
 
 def work(profile: Profile, method: str, teacher: Classifier, student: Classifier) -> tuple[float, float]:
-    """Floating-point operations of a method other than the generator: (synthesis, distillation).
+    """Floating-point operations of a method: (synthesis, distillation); none for images that are there.
 
     What a profile costs is this over a rate. See `compiling.inversion_flops` and `distillation_flops`.
     """
-    settings, plan = profile.distillation.settings, profile.distillation.inversion.plan(teacher.size)
-    synthesis = inversion_flops(teacher, plan) * image_count(profile) if method in PIXELS else 0.0
+    chosen, settings = profile.distillation, settings_of(profile, method)
+    plan, synthesis = chosen.inversion.plan(teacher.size), 0.0
+    if method in PIXELS:
+        synthesis = inversion_flops(teacher, plan) * image_count(profile)
     if method == "ADI":
-        in_rounds = (settings.rounds - WARMUP_ROUNDS) * profile.batch_size
-        synthesis += inversion_flops(student, plan) * in_rounds
+        synthesis += inversion_flops(student, plan) * (image_count(profile) - chosen.start_images)
+    if method == "generator":
+        made = profile.generator
+        competing = made.images * max(0, settings.rounds - made.warmup) if made.alpha_c else 0
+        passes = 2.0 * forward_flops(teacher) + 3 * _generator_flops(profile, teacher)
+        synthesis = passes * made.images * settings.rounds + 2.0 * forward_flops(student) * competing
+        synthesis *= made.settings.steps
     updates = settings.rounds * settings.updates * settings.batch_size
     return synthesis, distillation_flops(teacher, student) * updates
+
+
+def settings_of(profile: Profile, method: str) -> DistillationSettings:
+    """How a method's student learns where nothing is made equal: the generator's has rounds of its own."""
+    return profile.generator.distillation if method == "generator" else profile.distillation.settings
+
+
+def at_equal_updates(profile: Profile, method: str) -> DistillationSettings:
+    """As `settings_of`, with as many rounds as make the updates of the pixels' students, or nearly so."""
+    settings, pixels = settings_of(profile, method), profile.distillation.settings
+    return replace(settings, rounds=max(1, round(pixels.rounds * pixels.updates / settings.updates)))
+
+
+def at_equal_work(
+    profile: Profile, method: str, teacher: Classifier, student: Classifier
+) -> DistillationSettings:
+    """As `settings_of`, with as many rounds as the operations of ADI's row would pay for."""
+    settings = settings_of(profile, method)
+    spent = sum(work(profile, method, teacher, student))
+    ratio = sum(work(profile, "ADI", teacher, student)) / spent
+    return replace(settings, rounds=max(1, int(settings.rounds * ratio)))
+
+
+def _generator_flops(profile: Profile, teacher: Classifier) -> int:
+    """Operations of one image's way through the profile's generator."""
+    settings, counter = profile.generator.settings, FlopCounterMode(display=False)
+    network = create_generator(teacher, settings, seed=0).eval()
+    with torch.no_grad(), counter:
+        latent = torch.zeros(1, settings.latent_dim, device=teacher.mean.device)
+        network(latent, torch.zeros(1, dtype=torch.int64, device=teacher.mean.device))
+    return counter.get_total_flops()
