@@ -85,6 +85,7 @@ def test_auto_follows_the_machine_and_the_environment(monkeypatch, cuda, wish, v
         ("retrain", "true", True), ("retrain", False, False),
         ("distillation.settings.rounds", "3", 3), ("generator.distillation.mixup", "True", True),
         ("sweep.alpha_f", "(0, 1, 2.5)", (0.0, 1.0, 2.5)), ("sweep.real", [10, 20], (10, 20)),
+        ("distillation.pairs", "a->b,a->c", ("a->b", "a->c")), ("imagenet.classes", "cat", ("cat",)),
         ("sweep.batch_sizes", "8,16", (8, 16)), ("inversion.betas", "0.5, 1", (0.5, 1.0)),
         ("inversion.stages", "((2, 4), (3, 8))", ((2, 4), (3, 8))), ("inversion.stages", "()", ()),
     ],

@@ -1,12 +1,16 @@
 """The README: its code run as it stands, its numbers those of the results."""
 
 import re
+import shlex
+
+import pandas as pd
 
 from dinv.experiments import table1
 from dinv.experiments.profiles import load_profile
-from dinv.experiments.results import README_BEGIN, read_rows, with_deviation
+from dinv.experiments.results import LEDGER_STATUSES, README_BEGIN, ledger_page, read_rows, with_deviation
 from dinv.figures import label
 from dinv.files import repository_root
+from dinv.reproduce import parse
 
 TEXT = (repository_root() / "README.md").read_text(encoding="utf-8")
 WRITTEN = TEXT.partition(README_BEGIN)[0]  # the rest is generated
@@ -45,3 +49,18 @@ def test_the_numbers_of_the_readme_are_those_of_the_results_and_profiles():
     steps, on_card = (sum(n for n, _ in each.distillation.inversion.stages) for each in (cpu, gpu))
     assert f"| {on_card}, nearly half of them" in WRITTEN
     assert f"| {paper.inversion.steps:,}" in WRITTEN and f"| {steps}, two thirds of them" in WRITTEN
+
+
+def test_the_ledger_names_every_table_of_the_paper_and_commands_that_exist(tmp_path):
+    figures = repository_root() / "figures"
+    rows = pd.read_csv(figures / "ledger.csv", dtype=str, keep_default_na=False)
+    assert (figures / "LEDGER.md").read_text(encoding="utf-8") == ledger_page(figures)
+    numbered = {int(n) for item in rows.item for n in re.findall(r"Table (\d+)", item)}
+    shown = {int(n) for item in rows.item if "Figure" in item for n in re.findall(r"\d+", item)}
+    assert numbered == set(range(1, 11)) and shown == set(range(3, 9))
+    assert set(rows.status) <= set(LEDGER_STATUSES)
+    for row in rows.itertuples():
+        assert bool(row.command) == (row.status != "not attempted"), row
+        if row.command:
+            program, *words = shlex.split(row.command.replace("DIR", str(tmp_path)))
+            assert program == "./reproduce.sh" and len(parse(words)[2]) == 1, row  # one notebook

@@ -132,6 +132,19 @@ def test_chapters_replace_their_own_rows_only_and_equal_results_are_equal_bytes(
     assert sorted(p.name for p in run.folder.iterdir()) == ["provenance.json", "results.csv"]
 
 
+def test_a_run_of_some_columns_keeps_the_others():
+    for pairs, value in (("a->a,a->b", 1.0), ("a->a", 2.0)):
+        run = new_run("04_x", **{"distillation.pairs": pairs})
+        run.table("table1", {"ADI": {pair: value for pair in pairs.split(",")}})
+        run.finish()
+    rows = read_rows(run.folder)
+    assert rows.column.tolist() == ["a->b", "a->a"] and rows.value.tolist() == ["1", "2"]
+    command = rows.command.tolist()[1]
+    assert command == "./reproduce.sh --profile smoke --only 04 --set 'distillation.pairs=a->a'"
+    new_run("04_x").finish()  # of all columns
+    assert not len(read_rows(run.folder))
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [

@@ -56,6 +56,8 @@ def _replaced(part: Any, key: str, path: list[str], value: Any) -> Any:
 
 def _converted(key: str, value: Any, hint: Any, old: Any) -> Any:
     kind = get_origin(hint) or hint
+    if isinstance(value, str) and kind is tuple and get_args(hint)[0] is str:
+        value = tuple(value.split(","))  # names need no quotes
     if kind is tuple and isinstance(value, (list, tuple)):
         items = get_args(hint)
         if items[-1] is Ellipsis:

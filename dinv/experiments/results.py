@@ -33,6 +33,7 @@ from dinv.files import cache_root, figures_root, locked, make_folder, repository
 
 COLUMNS = "chapter,table,row,column,metric,value,sd,n,values,holds,command"
 RICHEST_FIRST = ("paper", "gpu", "night", "cpu", "smoke")
+LEDGER_STATUSES = ("at scale", "in the small", "open", "not attempted")
 README_BEGIN, README_END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -229,7 +230,8 @@ def command_line(chapter: str, profile: Profile) -> str:
         changed = {name: value for name, value in changed.items() if not name.endswith("seeds")}
         words += ["--seeds", str(profile.seeds)]  # which sets them all
     for name, value in changed.items():
-        words += ["--set", f"{name}={value}"]
+        names = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        words += ["--set", f"{name}={','.join(value) if names else value}"]
     return shlex.join(words)
 
 
@@ -321,6 +323,16 @@ def readme_results(figures: Path) -> str:
             parts.append(f"**{chapter}**, {entry['device']}, `{entry['command']}`:")
             parts += [markdown(frame) for frame in frames if len(frame)]
     return "\n\n".join(parts) or "No results yet: run `./reproduce.sh`."
+
+
+def ledger_page(figures: Path) -> str:
+    """`ledger.csv` as a page: every table and figure of the paper, and what became of it here."""
+    frame = pd.read_csv(figures / "ledger.csv", dtype=str, keep_default_na=False)
+    counts = frame.status.value_counts()
+    said = ", ".join(f"{counts.get(status, 0)} {status}" for status in LEDGER_STATUSES)
+    frame["command"] = [f"`{command}`" if command else "" for command in frame.command]
+    text = "Every table and figure of the paper, and what became of it here"
+    return f"# Ledger\n\n{text}: {said}. Written from `ledger.csv`.\n\n{markdown(frame.set_index('item'))}\n"
 
 
 def update_readme(readme: Path, figures: Path) -> bool:
