@@ -138,7 +138,8 @@ def reproduce(words: Sequence[str]) -> int:
         print(f"  done in {duration(time.monotonic() - started)}: {output}", flush=True)
     if options.in_place and figures_root() == ROOT / "figures":  # the README shows its own figures
         update_readme(ROOT / "README.md", figures_root())
-        write_text(figures_root() / "LEDGER.md", ledger_page(figures_root()))
+        if (figures_root() / "ledger.csv").exists():
+            write_text(figures_root() / "LEDGER.md", ledger_page(figures_root()))
     rows, done = read_rows(folder), {path.stem for path in sources} - set(failed)
     for sentence, claim in claims_table(rows[rows.chapter.isin(done)]).iterrows():
         print(f"{claim.holds:>4}  {sentence}: {claim.ours}, expected {claim.bound}")
