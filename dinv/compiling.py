@@ -206,7 +206,13 @@ def distillation_flops(teacher: Classifier, student: Classifier) -> float:
 
 def forward_flops(network: Classifier) -> int:
     """Floating-point operations of one image's way through `network`; a backward pass costs as many again."""
-    own, counter = private(network).freeze(), FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        own(own.mean.new_zeros(1, *own.shape))
+    own = private(network).freeze()
+    return counted_flops(own, own.mean.new_zeros(1, *own.shape))
+
+
+@torch.no_grad()
+def counted_flops(module: nn.Module, *inputs: Tensor) -> int:
+    """Floating-point operations of `module(*inputs)`, by PyTorch's own counter."""
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
     return counter.get_total_flops()

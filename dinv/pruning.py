@@ -35,6 +35,7 @@ from dinv.pruning_graph import (
     dependencies,
     filter_count,
     filter_groups,
+    name_of,
     refused,
     try_forward,
 )
@@ -103,9 +104,9 @@ def taylor(groups: list[Group], images: Tensor, labels: Tensor, batch_size: int 
 
 def _by_image(network: Classifier, layer: nn.Module, count: int, output: Tensor, gradient: Tensor) -> Tensor:
     if len(output) != count:  # rows of another kind, such as the tokens of all images one after the other
-        name = next(name for name, other in network.named_modules() if other is layer)
+        seen = f"{name_of(network, layer)} sees {len(output)} rows of {count} images"
         raise ValueError(
-            f"{network.name} cannot be pruned: its layer {name} sees {len(output)} rows of {count} images, "
+            f"{network.name} cannot be pruned: its layer {seen}, "
             'so their importance is no image\'s; PruningSettings(importance="magnitude") does without'
         )
     return (output.detach() * gradient).unsqueeze(-1).flatten(2).sum(2)

@@ -200,8 +200,12 @@ def _wrong_input(network: Classifier, groups: list[Group]) -> str:
             for x in seen[layer]:
                 given = x.index_select(x.dim() - 1 if isinstance(layer, nn.Linear) else 1, lost.to(x.device))
                 if lost.numel() and given.diff(dim=0).abs().max() > 1e-3 * x.abs().max():
-                    return next(name for name, other in network.named_modules() if other is layer)
+                    return name_of(network, layer)
     return ""
+
+
+def name_of(network: nn.Module, layer: nn.Module) -> str:
+    return next(name for name, other in network.named_modules() if other is layer)
 
 
 def filter_groups(graph: Any) -> list[Group]:

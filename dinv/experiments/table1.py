@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from dinv.compiling import distillation_flops, forward_flops, inversion_flops
+from dinv.compiling import counted_flops, distillation_flops, forward_flops, inversion_flops
 from dinv.data import load_dataset
 from dinv.distillation import DistillationResult, DistillationSettings
 from dinv.experiments.settings import Profile
@@ -125,9 +124,9 @@ def at_equal_work(
 
 def _generator_flops(profile: Profile, teacher: Classifier) -> int:
     """Operations of one image's way through the profile's generator."""
-    settings, counter = profile.generator.settings, FlopCounterMode(display=False)
-    network = create_generator(teacher, settings, seed=0).eval()
-    with torch.no_grad(), counter:
-        latent = torch.zeros(1, settings.latent_dim, device=teacher.mean.device)
-        network(latent, torch.zeros(1, dtype=torch.int64, device=teacher.mean.device))
-    return counter.get_total_flops()
+    settings, device = profile.generator.settings, teacher.mean.device
+    latent, label = (
+        torch.zeros(1, settings.latent_dim, device=device),
+        torch.zeros(1, dtype=int, device=device),
+    )
+    return counted_flops(create_generator(teacher, settings).eval(), latent, label)
