@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dinv import CrossEntropy, FeatureStatistics
+from dinv import CrossEntropy, FeatureStatistics, training
 from dinv.continual import ContinualSettings, extend, renumbered
 from dinv.data import load_dataset
 from dinv.distillation import DistillationSettings, FixedImages, InversionSource
@@ -135,6 +135,20 @@ def test_new_classes_are_learnt_in_place(teacher, cached):
         records.append(stages.learn(teacher, network, renumbered(data, network), settings))
         assert not network.training
     assert cached() and records[0] == records[1]
+
+
+def test_accuracies_are_kept_by_network_and_data(teacher, cached):
+    data = load_dataset("digits", "test")
+    whole = stages.accuracy(teacher, data)
+    assert whole == training.accuracy(teacher, data.images, data.labels) and not cached()
+    assert stages.accuracy(teacher, data) == whole and cached()
+    stages.accuracy(teacher, data.take(slice(20)))
+    assert not cached()
+    both = [stages.joint_accuracy(teacher, data, data, 5) for _ in range(2)]
+    assert both[0] == both[1] and both[0].old == whole and cached()
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(-1)
+    assert stages.accuracy(teacher, data) != whole and not cached()
 
 
 def test_stage_seeds_differ_by_name_and_by_seed():

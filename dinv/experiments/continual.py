@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dinv.continual import ContinualSettings, JointAccuracy, extend, joint_accuracy, renumbered
+from dinv.continual import ContinualSettings, JointAccuracy, extend, renumbered
 from dinv.data import DATASETS, Dataset, load_dataset, to_rgb
 from dinv.experiments.device import device
 from dinv.experiments.settings import Profile
-from dinv.experiments.stages import learn, stage_seed, train_network
+from dinv.experiments.stages import joint_accuracy, learn, stage_seed, train_network
 from dinv.models import Classifier, create_model, load_model, shipped_models
 
 # ---- scenarios -------------------------------------------------------------------------------------

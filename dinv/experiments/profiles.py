@@ -93,9 +93,9 @@ CPU = replace(
         verifiers=("package:efficientnet_lite1", "package:efficientnet_lite2"), transfer_images=0, seeds=1,
         # On the pixels the same steps end in grain and false colours: see `pyramid`, and notebook 07.
         inversion=InversionSettings(lr=0.4, octaves=5, chroma_lr=0.3, betas=(0.5, 0.9), schedule="cosine",
-                                    jitter=30, stages=((800, 112), (300, 224))),
+                                    jitter=16, stages=((300, 56), (800, 112), (300, 224))),
         # Running variances between 0.05 and 566 leave the l2 distance to a few layers: see notebook 07.
-        distance="kl", alpha_f=1.0,
+        distance="kl", alpha_f=3.0,
         tv=3e-3, l2=1e-5),  # with the paper's 1e-4 there is coloured grain on everything
     scaling=Scaling(60, replace(Scaling.inversion, steps=40, lr=0.2, flip=False), pools=(15, 30, 60, 120)),
 )
@@ -119,9 +119,8 @@ NIGHT = replace(
     continual=replace(
         CPU.continual, epochs=20, images=2560, settings=ContinualSettings(updates=250), seeds=3),
     imagenet=replace(
-        CPU.imagenet, images_per_class=3, alpha_f=3.0, seeds=3, comparison_stages=((400, 112),),
-        inversion=replace(
-            CPU.imagenet.inversion, jitter=16, stages=((300, 56), (800, 112), (300, 224)))),
+        CPU.imagenet, images_per_class=3, seeds=3, comparison_stages=((400, 112),),
+        inversion=replace(CPU.imagenet.inversion, stages=((300, 56), (1600, 112), (800, 224)))),
 )
 
 # At 8x8 a shift by two pixels is a quarter of the digit, and a mirrored digit is none.
@@ -153,7 +152,8 @@ SMOKE = replace(
         settings=ContinualSettings(updates=60, batch_size=64, pad=1, flip=False)),
     imagenet=Imagenet(
         teacher=("resnet_digits",), verifiers=("vgg_digits",), classes=("0", "1", "2", "3", "4", "5"),
-        images_per_class=2, distance="kl", alpha_f=10.0, tv=2.5e-5, l2=3e-8,
+        images_per_class=2, distance="kl", alpha_f=10.0, l2_weights=(0.01, 1.0), kl_weights=(1.0, 10.0),
+        tv=2.5e-5, l2=3e-8,
         inversion=replace(_DIGITS, stages=((60, 4), (120, 8)), compile="auto"),
         comparison_stages=((100, 8),), transfer_images=128, transfer_epochs=10, seeds=1),
     scaling=Scaling(60, replace(_DIGITS, steps=80), turns=3, pools=(200, 400, 800, 1600)),

@@ -124,6 +124,8 @@ class Imagenet:
     distance: str = "l2"
     alpha_f: float = 0.01
     first_layer: float = 10.0
+    l2_weights: tuple[float, ...] = (0.01, 0.1, 1.0)  # of the statistics, compared; ours but the first
+    kl_weights: tuple[float, ...] = (1.0, 3.0, 10.0)
     tv: float = 1e-4
     l2: float = 1e-2  # the paper used 0 as well
     alpha_c: float = 0.2

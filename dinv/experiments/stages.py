@@ -20,7 +20,7 @@ from dinv.experiments.device import device
 from dinv.experiments.settings import Profile
 from dinv.files import NO_CHECKPOINT
 from dinv.models import NETWORKS, Classifier, create_model, load_model, shipped_models
-from dinv.training import TrainingSettings, accuracy
+from dinv.training import TrainingSettings
 
 EVAL_IMAGES = 2000  # test images for the curves; the tables take them all
 
@@ -78,6 +78,24 @@ def _finished(model: Classifier, result: Any) -> list[dict[str, float]]:
     model.load_state_dict(result.state)
     model.freeze()
     return result.history
+
+
+@dataclass
+class _Score:
+    percent: float
+
+
+@stage("accuracy", version=1)
+def _score(model: Classifier, data: Dataset) -> _Score:
+    return _Score(training.accuracy(model, data.images, data.labels))
+
+
+def accuracy(model: Classifier, data: Dataset) -> float:
+    """`training.accuracy` on a whole data set, percent, as a stage: a table asks for dozens of them."""
+    return _score(model, data).percent
+
+
+joint_accuracy = stage("accuracy", version=1)(continual.joint_accuracy)
 
 
 # ---- images ----------------------------------------------------------------------------------------
@@ -143,7 +161,7 @@ def distill(
         def watch(number: int, model: Classifier) -> dict[str, float]:
             if data is None or number % every:
                 return {}
-            return {"real": accuracy(model, data.images[:EVAL_IMAGES], data.labels[:EVAL_IMAGES])}
+            return {"real": training.accuracy(model, data.images[:EVAL_IMAGES], data.labels[:EVAL_IMAGES])}
 
         options = {"watch": watch, "step": step, "checkpoint": checkpoint}
         seed = stage_seed(seed, student.name)
