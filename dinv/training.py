@@ -16,6 +16,7 @@ from dinv.compiling import Recorded
 from dinv.data import Dataset, augment
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.models import Classifier, evaluating, to_float
+from dinv.muon import Muon
 from dinv.precision import CHOICES, autocast, choose, setting, settled
 from dinv.preflight import HALVES, preflight
 
@@ -27,7 +28,8 @@ class UpdateSettings:
     """SGD with `batch_size` images per update; `lr` is the peak of `scheduled_lr`.
 
     Random crops move by up to `pad` pixels; `flip` mirrors half of the images. `precision` is that of
-    `precision.choose`.
+    `precision.choose`. `muon` above 0 gives the filters to Muon: the share of its own length by which a bank
+    moves at the peak of the schedule.
     """
 
     batch_size: int = 256
@@ -38,6 +40,7 @@ class UpdateSettings:
     pad: int = 4
     flip: bool = True
     precision: str = setting()
+    muon: float = field(default=0.0, metadata={"silent": True})  # at 0 no part of a digest
 
     def __post_init__(self) -> None:
         check_settings(self, ("batch_size", "lr"), schedule=SCHEDULES, precision=CHOICES)
@@ -71,12 +74,17 @@ def scheduled_lr(settings: UpdateSettings, step: int, steps: int) -> float:
     return settings.lr * max(0.0, min((step + 1) / rise, (steps - step) / max(1.0, steps - rise)))
 
 
-def optimizer_for(model: nn.Module, settings: UpdateSettings) -> torch.optim.SGD:
-    """SGD with Nesterov momentum 0.9; weight decay for matrices and filters, not for biases and BatchNorm."""
-    weights = [p for p in model.parameters() if p.dim() > 1]
+def optimizer_for(model: nn.Module, settings: UpdateSettings) -> Muon:
+    """SGD with Nesterov momentum 0.9; weight decay for matrices and filters, not for biases and BatchNorm.
+
+    With `settings.muon` the filters are Muon's, without decay: their length does not count.
+    """
+    filters = [p for p in model.parameters() if p.dim() > 2 and settings.muon]
+    weights = [p for p in model.parameters() if p.dim() == 2 or p.dim() > 2 and not settings.muon]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": others}]
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+    groups += [{"params": filters, "share": settings.muon / settings.lr}] if filters else []
+    return Muon(groups, lr=settings.lr, momentum=0.9, nesterov=True)
 
 
 class GradientStep:

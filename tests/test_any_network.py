@@ -711,8 +711,8 @@ def test_wrap_reads_what_a_network_says_of_itself():
 
 def test_wrap_reads_timms_configuration():
     timm = pytest.importorskip("timm")
-    teacher = Classifier.wrap(timm.create_model("regnetx_002"))
-    assert teacher.size == (224, 224) and teacher.classes[1] == "goldfish"
+    for teacher in (Classifier.wrap(timm.create_model("regnetx_002")), create_model("timm:regnetx_002")):
+        assert teacher.size == 224 and teacher.classes[1] == "goldfish"
     fewer = Classifier.wrap(timm.create_model("regnetx_002", num_classes=7), size=64)
     assert fewer.size == 64 and fewer.classes == tuple("0123456")
 

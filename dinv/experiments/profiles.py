@@ -72,7 +72,8 @@ CPU = replace(
     distillation=Distillation(
         pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"), start_images=1024,
         # Blends of two images, as a few images have to last for many updates.
-        settings=DistillationSettings(rounds=7, updates=120, batch_size=128, lr=0.2, mixup=True),
+        # Filters by Muon, which in so few updates teaches far more than SGD: see benchmarks/LOG.md.
+        settings=DistillationSettings(rounds=7, updates=120, batch_size=128, lr=0.2, muon=0.2, mixup=True),
         # At one size, 160 steps leave the noise of the start where the teacher does not look: 43 % of an
         # image's energy lie above 0.35 cycles a pixel, of a real one's 3 %. Coarse to fine and with more
         # total variation 8 % do, and an image costs about a quarter. Notebook 04 draws the spectra.
@@ -82,7 +83,7 @@ CPU = replace(
         seeds=1, eval_every=1),
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=16, flip=False),
-        distillation=DistillationSettings(rounds=110, updates=22, batch_size=128, lr=0.2),
+        distillation=DistillationSettings(rounds=110, updates=22, batch_size=128, lr=0.2, muon=0.2),
         warmup=20, seeds=1, eval_every=5, compare=40, pixel_batches=5),
     pruning=Pruning(
         images=256, settings=PruningSettings(step=0.05), front=(0.2, 0.5, 0.7), etas=(0.0, 0.01, 0.1),
@@ -126,7 +127,9 @@ NIGHT = replace(
 # At 8x8 a shift by two pixels is a quarter of the digit, and a mirrored digit is none.
 _DIGITS = InversionSettings(steps=200, lr=0.3, schedule="cosine", jitter=0, flip=False, compile="never")
 _TRAINING = TrainingSettings(epochs=8, batch_size=64, lr=0.1, pad=1, flip=False)
-_STUDENT = DistillationSettings(rounds=5, updates=10, batch_size=64, pad=1, flip=False, compile="never")
+_HEALED = DistillationSettings(
+    rounds=1, updates=30, batch_size=64, lr=0.02, pad=1, flip=False, compile="never")
+_STUDENT = replace(_HEALED, rounds=5, updates=10, lr=0.1, muon=0.1)
 SMOKE = replace(
     CPU, name="smoke", dataset="digits", teacher="resnet_digits", verifier="vgg_digits", retrain=True,
     seeds=1, teacher_training=_TRAINING, verifier_training=_TRAINING,
@@ -145,7 +148,7 @@ SMOKE = replace(
         warmup=4, seeds=1, eval_every=5, compare=10, pixel_batches=2),
     pruning=Pruning(
         images=128, settings=PruningSettings(step=0.05), front=(0.2, 0.5), etas=(0.0, 0.1), seeds=1,
-        distillation=replace(_STUDENT, rounds=1, updates=30, lr=0.02),
+        distillation=_HEALED,
         latency_shares=(0.05,)),  # of 8x8 images little time goes into what a filter less makes less
     continual=Continual(
         domain="negative digits", epochs=8, images=128, seeds=1,

@@ -77,7 +77,8 @@ class Classifier(nn.Module):
             known = {"mean": preset.mean, "std": preset.std, "size": preset.crop_size[0]}
             known["classes"] = weights.meta["categories"]
         elif config:
-            known = {name: config[name] for name in ("mean", "std")} | {"size": config["input_size"][1:]}
+            known, (_, height, width) = {name: config[name] for name in ("mean", "std")}, config["input_size"]
+            known["size"] = height if height == width else (height, width)
             known["classes"] = config.get("label_names") or _names(net.num_classes, config["num_classes"])
         known = known | {name: value for name, value in given.items() if value is not None}
         missing = [name for name in ("mean", "std", "size", "classes") if name not in known]

@@ -74,9 +74,7 @@ def _load_torchvision(name: str, pretrained: bool, classes: Sequence[str] | None
         if hasattr(net, head):
             setattr(net, head, None)
             net.aux_logits = False
-    preset = weights.transforms()
-    classes = weights.meta["categories"] if classes is None else classes
-    return Classifier(net, preset.mean, preset.std, preset.crop_size[0], classes, name)
+    return Classifier.wrap(net, weights=weights, classes=classes, name=name)
 
 
 def _load_timm(name: str, pretrained: bool, classes: Sequence[str] | None) -> Classifier:
@@ -84,8 +82,7 @@ def _load_timm(name: str, pretrained: bool, classes: Sequence[str] | None) -> Cl
     with _fetching(name, importlib.import_module("huggingface_hub.constants") if pretrained else None):
         options = {} if classes is None else {"num_classes": len(classes)}
         net = timm.create_model(name, pretrained=pretrained, **options)
-    config, classes = net.pretrained_cfg, classes or tuple(map(str, range(net.num_classes)))
-    return Classifier(net, config["mean"], config["std"], config["input_size"][-1], classes, name)
+    return Classifier.wrap(net, classes=classes, name=name)
 
 
 def _load_lite(name: str, pretrained: bool, classes: Sequence[str] | None) -> Classifier:
