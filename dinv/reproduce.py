@@ -25,7 +25,7 @@ from dinv.checks import near
 from dinv.experiments import device, processes
 from dinv.experiments.overrides import flat
 from dinv.experiments.profiles import load_profile
-from dinv.experiments.results import claims_table, ledger_page, read_provenance, read_rows, update_readme
+from dinv.experiments.results import claims_table, read_provenance, read_rows, write_pages
 from dinv.files import cache_root, figures_root, make_folder, repository_root, write_text
 
 ROOT = repository_root()
@@ -136,10 +136,7 @@ def reproduce(words: Sequence[str]) -> int:
             notebook = tidy(*(nbformat.read(path, as_version=4) for path in (output, source)))
             write_text(source, nbformat.writes(notebook) + "\n")
         print(f"  done in {duration(time.monotonic() - started)}: {output}", flush=True)
-    if options.in_place and figures_root() == ROOT / "figures":  # the README shows its own figures
-        update_readme(ROOT / "README.md", figures_root())
-        if (figures_root() / "ledger.csv").exists():
-            write_text(figures_root() / "LEDGER.md", ledger_page(figures_root()))
+    write_pages(figures_root())
     rows, done = read_rows(folder), {path.stem for path in sources} - set(failed)
     for sentence, claim in claims_table(rows[rows.chapter.isin(done)]).iterrows():
         print(f"{claim.holds:>4}  {sentence}: {claim.ours}, expected {claim.bound}")

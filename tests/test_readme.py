@@ -7,13 +7,12 @@ import pandas as pd
 
 from dinv.experiments import table1
 from dinv.experiments.profiles import load_profile
-from dinv.experiments.results import LEDGER_STATUSES, README_BEGIN, ledger_page, read_rows, with_deviation
+from dinv.experiments.results import LEDGER_STATUSES, ledger_page, read_rows, results_page, with_deviation
 from dinv.figures import label
 from dinv.files import repository_root
 from dinv.reproduce import parse
 
 TEXT = (repository_root() / "README.md").read_text(encoding="utf-8")
-WRITTEN = TEXT.partition(README_BEGIN)[0]  # the rest is generated
 
 
 def test_the_code_of_the_readme_runs_and_prints_what_it_says(capsys):
@@ -33,22 +32,27 @@ def test_the_numbers_of_the_readme_are_those_of_the_results_and_profiles():
     rows, same = read_rows(repository_root() / "figures" / "cpu"), "resnet_small->resnet_small"
     cells = rows[(rows.table == "table1") & (rows.column.map(label) == label(same))].set_index("row").value
     for name in ("DeepInversion", "ADI", "teacher"):
-        assert f"{float(cells[name]):.1f} %" in WRITTEN, name
+        assert f"{float(cells[name]):.1f} %" in TEXT, name
     card = read_rows(repository_root() / "figures" / "gpu")
     card = card[card.table == "table1"].set_index(["row", "column"]).value
     for pair in load_profile("gpu").distillation.pairs[:2]:
         for name in ("DeepInversion", "ADI", "teacher"):
-            assert f"{float(card[name, pair]):.1f} %" in WRITTEN, (name, pair)
+            assert f"{float(card[name, pair]):.1f} %" in TEXT, (name, pair)
     shown = {with_deviation(value, sd) for value, sd in zip(rows.value, rows.sd, strict=True)}
-    assert {f"{mean} ± {sd}" for mean, sd in re.findall(r"([-\d.]+) ± ([\d.]*\d)", WRITTEN)} <= shown
+    assert {f"{mean} ± {sd}" for mean, sd in re.findall(r"([-\d.]+) ± ([\d.]*\d)", TEXT)} <= shown
     paper, gpu, cpu = (load_profile(name) for name in ("paper", "gpu", "cpu"))
     for profile in (paper, gpu, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates
         for number in (table1.image_count(profile), updates):
-            assert f"| {number:,}" in WRITTEN, number
+            assert f"| {number:,}" in TEXT, number
     steps, on_card = (sum(n for n, _ in each.distillation.inversion.stages) for each in (cpu, gpu))
-    assert f"| {on_card}, nearly half of them" in WRITTEN
-    assert f"| {paper.inversion.steps:,}" in WRITTEN and f"| {steps}, two thirds of them" in WRITTEN
+    assert f"| {on_card}, nearly half of them" in TEXT
+    assert f"| {paper.inversion.steps:,}" in TEXT and f"| {steps}, two thirds of them" in TEXT
+
+
+def test_the_page_of_results_is_that_of_the_files():
+    figures = repository_root() / "figures"
+    assert (figures / "RESULTS.md").read_text(encoding="utf-8") == results_page(figures)
 
 
 def test_the_ledger_names_every_table_of_the_paper_and_commands_that_exist(tmp_path):

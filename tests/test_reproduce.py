@@ -15,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from dinv import reproduce
 from dinv.experiments.overrides import flat
 from dinv.experiments.profiles import PROFILES, load_profile
-from dinv.experiments.results import README_BEGIN, README_END, Run
+from dinv.experiments.results import Run
 
 CHECKOUT = reproduce.ROOT
 PARAMETERS = 'profile = "auto"\nseeds = 0\noverrides = {}'
@@ -32,7 +32,6 @@ run.finish()"""
 def folder(tmp_path, monkeypatch) -> Path:
     """A checkout of the test's own, in which a kernel `python3` of the user's plays no part."""
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "README.md").write_text(f"# T\n{README_BEGIN}\n{README_END}\n")
     wrong = tmp_path / "jupyter" / "kernels" / "python3"
     wrong.mkdir(parents=True)
     (wrong / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "X", "language": "python"}')
@@ -69,7 +68,7 @@ def test_notebooks_run_in_order_in_place_and_one_that_fails_does_not_stop_the_ot
     assert bad.read_bytes() == before
     assert out.startswith("dinv: profile smoke on c") and "[2/3] 01_claim" in out
     assert re.search(r"^ yes  it counts: 3.10 ± 0.10, expected ≥ 2\n2 of 3 done in ", out, re.MULTILINE)
-    assert "it counts" in (folder / "README.md").read_text()
+    assert "it counts" in (folder / "figures" / "RESULTS.md").read_text()
 
     notebook = nbformat.read(plain, as_version=4)
     output = notebook.cells[2].outputs[0]

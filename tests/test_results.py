@@ -10,7 +10,7 @@ import torch
 from dinv.experiments import cache, results
 from dinv.experiments.overrides import flat
 from dinv.experiments.profiles import load_profile, with_seeds
-from dinv.experiments.results import COLUMNS, README_BEGIN, README_END, Claim, Run, read_rows, update_readme
+from dinv.experiments.results import COLUMNS, Claim, Run, read_rows, write_pages
 
 pytestmark = pytest.mark.usefixtures("apart")
 
@@ -204,13 +204,14 @@ def test_the_command_holds_every_changed_setting_and_gives_the_profile_again():
     assert results.command_line("bench_inversion", some) == "./reproduce.sh bench"
 
 
-# ---- README ----------------------------------------------------------------------------------------
+# ---- pages ------------------------------------------------------------------------------------------
 
 
-def test_the_readme_shows_every_chapter_by_all_its_profiles_but_smoke(apart):
-    readme = apart / "README.md"
-    readme.write_text(f"before\n{README_BEGIN}\nstale\n{README_END}\nafter\n")
-    assert update_readme(readme, apart / "figures") and "No results yet" in readme.read_text()
+def test_the_page_shows_every_chapter_by_all_its_profiles_but_smoke(apart):
+    page = apart / "figures" / "RESULTS.md"
+    page.parent.mkdir()
+    write_pages(page.parent)
+    assert "No results yet" in page.read_text() and not (apart / "figures" / "LEDGER.md").exists()
     for chapter, profile, value in (
         ("02_b", "smoke", 1),
         ("02_b", "cpu", 2),
@@ -221,16 +222,11 @@ def test_the_readme_shows_every_chapter_by_all_its_profiles_but_smoke(apart):
     run = new_run("04_d", "cpu")
     run.table("table1", {"z": {"A|B": [1.0, 2.0]}, "a": {"A|B": 3.0}})
     run.finish()
-    assert update_readme(readme, apart / "figures") and not update_readme(readme, apart / "figures")
-    text = readme.read_text()
-    assert text.startswith(f"before\n{README_BEGIN}\n**02_b**") and text.endswith(f"\n{README_END}\nafter\n")
+    write_pages(page.parent)
+    text = page.read_text()
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## 02_b, gpu", "## 02_b, cpu", "## 03_c, smoke", "## 04_d, cpu"]
+    assert "`./reproduce.sh --profile gpu --only 02" in text
     claims = [line for line in text.splitlines() if line.startswith("| it rises")]
     assert claims == [f"| it rises | ≥ 0 | {n}.000 ± 0.000 | 3 | yes |" for n in (4, 2, 3)]
-    assert "| method | A\\|B |\n| --- | --- |\n| z | 1.50 ± 0.71 |\n| a | 3 |" in text and "stale" not in text
-
-
-@pytest.mark.parametrize("text", ["", README_END, f"{README_BEGIN}{README_BEGIN}{README_END}"])
-def test_a_readme_without_the_markers(apart, text):
-    (apart / "README.md").write_text(text)
-    with pytest.raises(ValueError, match="must hold the lines <!-- results:begin --> and"):
-        update_readme(apart / "README.md", apart / "figures")
+    assert "| method | A\\|B |\n| --- | --- |\n| z | 1.50 ± 0.71 |\n| a | 3 |" in text and "yet" not in text

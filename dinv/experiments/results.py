@@ -1,4 +1,4 @@
-"""Results: the tables and claims of a notebook, where they came from, and the README's part of them.
+"""Results: the tables and claims of a notebook, where they came from, and the pages that show them.
 
 `figures/<profile>/results.csv` is the single source of every number that is shown anywhere.
 """
@@ -34,7 +34,13 @@ from dinv.files import cache_root, figures_root, locked, make_folder, repository
 COLUMNS = "chapter,table,row,column,metric,value,sd,n,values,holds,command"
 RICHEST_FIRST = ("paper", "gpu", "night", "cpu", "smoke")
 LEDGER_STATUSES = ("at scale", "in the small", "open", "not attempted")
-README_BEGIN, README_END = "<!-- results:begin -->", "<!-- results:end -->"
+INTRODUCTION = """\
+# Results
+
+Table 1 and every claim, of all notebooks. *ours* is the mean ± standard deviation over n seeds. A claim holds
+(*yes*) if all of the 95 % interval of its mean lies within the bound; with one seed it is *open*. The paper's
+own numbers stand in the notebooks, beside its networks and its budgets. Written from each profile's
+`results.csv`, which has every other number of the notebooks as well."""
 
 
 def number(value: float, digits: int) -> str:
@@ -285,7 +291,7 @@ def read_provenance(folder: Path) -> dict[str, dict]:
         raise ValueError(f"{path} is not JSON ({error}): {message}") from error
 
 
-# ---- the README's tables ---------------------------------------------------------------------------
+# ---- the pages ---------------------------------------------------------------------------------------
 
 
 def _ours(rows: pd.DataFrame) -> list[str]:
@@ -306,7 +312,7 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def readme_results(figures: Path) -> str:
+def results_page(figures: Path) -> str:
     """Table 1 and the claims, of every chapter by all profiles that have it; smoke's where no other has."""
     runs: dict[str, list] = {}
     for profile in RICHEST_FIRST:
@@ -320,9 +326,10 @@ def readme_results(figures: Path) -> str:
         frames = [cells.reindex(table1.row.unique()).fillna("").rename_axis("method"), claims_table(rows)]
         entry = read_provenance(figures / profile).get(chapter, {"device": "?", "command": "./reproduce.sh"})
         if any(map(len, frames)):
-            parts.append(f"**{chapter}**, {entry['device']}, `{entry['command']}`:")
+            parts.append(f"## {chapter}, {profile}\n\nOn {entry['device']}: `{entry['command']}`")
             parts += [markdown(frame) for frame in frames if len(frame)]
-    return "\n\n".join(parts) or "No results yet: run `./reproduce.sh`."
+    parts = parts or ["No results yet: run `./reproduce.sh`."]
+    return "\n\n".join([INTRODUCTION, *parts]) + "\n"
 
 
 def ledger_page(figures: Path) -> str:
@@ -335,14 +342,8 @@ def ledger_page(figures: Path) -> str:
     return f"# Ledger\n\n{text}: {said}. Written from `ledger.csv`.\n\n{markdown(frame.set_index('item'))}\n"
 
 
-def update_readme(readme: Path, figures: Path) -> bool:
-    """Write the tables between the README's markers; returns whether anything changed."""
-    text = readme.read_text(encoding="utf-8")
-    if text.count(README_BEGIN) != 1 or text.count(README_END) != 1:
-        raise ValueError(f"{readme} must hold the lines {README_BEGIN} and {README_END} once each")
-    before, _, rest = text.partition(README_BEGIN)
-    after = rest.partition(README_END)[2]
-    new = f"{before}{README_BEGIN}\n{readme_results(figures)}\n{README_END}{after}"
-    if new != text:
-        write_text(readme, new)
-    return new != text
+def write_pages(figures: Path) -> None:
+    """Write RESULTS.md and, from a ledger, LEDGER.md into the folder of figures."""
+    write_text(figures / "RESULTS.md", results_page(figures))
+    if (figures / "ledger.csv").exists():
+        write_text(figures / "LEDGER.md", ledger_page(figures))
