@@ -59,7 +59,6 @@ class Distillation:
     competitions: tuple[float, ...] = (1.0, 5.0, 10.0, 30.0)  # weights that are compared; ours
     seeds: int = 3  # of notebooks 03 and 04, which take longest
     eval_every: int = 25  # rounds between two measurements of Figure 4
-    ablation_pair: int = 1  # which pair the ablations take; ours
 
 
 @dataclass(frozen=True)
