@@ -44,8 +44,9 @@ def lay_out(source: Path) -> None:
     shutil.copytree(ROOT / "book_source", source, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "figures", source / "figures", ignore=shutil.ignore_patterns("notebooks"))
     for path in (*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "LICENSE", ROOT / "CITATION.cff"):
-        (source / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        shutil.copy(path, source / path.relative_to(ROOT))
+        copied = source / path.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_text(path.read_text(encoding="utf-8").replace("](book_source/", "]("), encoding="utf-8")
     # The README is cut in two: its opening is the first page, the rest a page of its own.
     opening, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")
     index = source / "index.md"
@@ -95,8 +96,9 @@ def write_api(folder: Path) -> None:
     described = [name for name in modules if importlib.import_module(name).__doc__]
     for name in described:
         title = name.removeprefix("dinv.")
-        directive = f".. automodule:: {name}\n   :members:\n"
-        (folder / f"{title}.md").write_text(f"# {title}\n\n```{{eval-rst}}\n{directive}```\n", encoding="utf-8")
+        directive = f".. automodule:: {name}\n   :members:\n   :ignore-module-all:\n"
+        page = f"# {title}\n\n```{{eval-rst}}\n{directive}```\n"
+        (folder / f"{title}.md").write_text(page, encoding="utf-8")
     names = "\n".join(f"   ~{getattr(dinv, name).__module__}.{name}" for name in dinv.__all__)
     text = ["# The package", "What `from dinv import ...` gives; each name leads to its page."]
     text.append(f"```{{eval-rst}}\n.. autosummary::\n\n{names}\n```")

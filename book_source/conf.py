@@ -55,10 +55,10 @@ def render_image(self, data, plain=NbElementRenderer.render_image):
 
 
 def as_prose(app, what, name, obj, options, lines):
-    """Docstrings are plain text for `help()`: what is indented in a module's is code, a lone * or | is itself."""
-    text = re.sub(r"(?<!`)(\*{1,2}|\|)(?=\w)", r"\\\1", "\n".join(lines))
-    if what == "module":
-        text = re.sub(r"\n\n(?=    )", "\n\n::\n\n", text)
+    """Docstrings are written for `help()`: *, | and _ stand for themselves, an indented paragraph is code."""
+    text = re.sub(r"(?<![`\\])(\*(?=\w)|\|(?=\S)|(?<=\w)_(?!\w))", r"\\\1", "\n".join(lines))
+    if what in ("module", "class"):
+        text = re.sub(r"\n\n(?= {4})", "\n\n::\n\n", text, count=1)
     lines[:] = text.split("\n")
 
 
