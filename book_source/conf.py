@@ -29,7 +29,7 @@ default_role = "code"  # in docstrings `x` is code
 html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["book.css"]
-html_copy_source = False
+html_copy_source = html_use_index = html_domain_indices = False
 html_show_copyright = html_show_sphinx = False
 html_math_renderer = "mathml"
 
@@ -38,7 +38,10 @@ def mathml(display):
     """Equations as MathML, which browsers draw by themselves: no script, no font to fetch."""
 
     def visit(self, node):
-        equation = convert(node.astext(), display=display)
+        # spellings that `convert` does not know
+        latex = re.sub(r"\\[bB]igg?[lr]?(?=\\)", "", node.astext())
+        latex = re.sub(r"\\(mathcal|mathbb) *([A-Za-z])", r"\\\1{\2}", latex)
+        equation = convert(latex, display=display)
         self.body.append(f'<div class="equation">{equation}</div>' if display == "block" else equation)
         raise nodes.SkipNode
 
@@ -57,6 +60,8 @@ def render_image(self, data, plain=NbElementRenderer.render_image):
 def as_prose(app, what, name, obj, options, lines):
     """Docstrings are written for `help()`: *, | and _ stand for themselves, an indented paragraph is code."""
     text = re.sub(r"(?<![`\\])(\*(?=\w)|\|(?=\S)|(?<=\w)_(?!\w))", r"\\\1", "\n".join(lines))
+    # Without the spaces: Sphinx would take the first of two names for the type of the second.
+    text = re.sub(r"(?m)^:(param|ivar) \w+(, \w+)+:", lambda found: found[0].replace(", ", ","), text)
     if what in ("module", "class"):
         text = re.sub(r"\n\n(?= {4})", "\n\n::\n\n", text, count=1)
     lines[:] = text.split("\n")

@@ -1,4 +1,4 @@
-"""The book: every page, link and equation, nothing fetched; the code on its pages; the cards of the project."""
+"""The book: every page, link and equation, nothing fetched; the code on its pages; the cards beside it."""
 
 import importlib
 import json
