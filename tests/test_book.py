@@ -74,6 +74,7 @@ def test_one_version_and_one_command():
     card = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     assert card["version"] == newest == dinv.__version__ == project["project"]["version"]
+    assert f"version = {{{card['version']}}}" in (ROOT / "CITATION.cff").read_text()
     assert card["license"] == project["project"]["license"] and len(card["references"][0]["authors"]) == 8
     assert "py.typed" in project["tool"]["setuptools"]["package-data"]["dinv"]
     assert (ROOT / "dinv" / "py.typed").exists()
