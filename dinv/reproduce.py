@@ -194,9 +194,7 @@ def steps(word: str, words: Sequence[str], scratch: str) -> dict[str, list[str]]
     if word == "bench":
         return {path.stem: [str(path)] for path in sorted((ROOT / "benchmarks").glob("[!_]*.py"))}
     if word == "book":
-        links = [f'<p><a href="{path.stem}.html">{path.stem}</a>\n' for path in notebooks()]
-        write_text(make_folder(ROOT / "book", "its name") / "index.html", "<!doctype html>" + "".join(links))
-        return {"book": ["-m", "nbconvert", "--to=html", "--output-dir=book", *map(str, notebooks())]}
+        return {"book": ["book_source/build.py", "book"]}
     os.environ |= {"DINV_CACHE": f"{scratch}/runs", "DINV_FIGURES": f"{scratch}/figures"}
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800", "notebooks"]
