@@ -94,9 +94,9 @@ CPU = replace(
         verifiers=("package:efficientnet_lite1", "package:efficientnet_lite2"), transfer_images=0, seeds=1,
         # On the pixels the same steps end in grain and false colours: see `pyramid`, and notebook 07.
         inversion=InversionSettings(lr=0.4, octaves=5, chroma_lr=0.3, betas=(0.5, 0.9), schedule="cosine",
-                                    jitter=16, stages=((300, 56), (800, 112), (300, 224))),
+                                    jitter=30, stages=((800, 112), (300, 224))),
         # Running variances between 0.05 and 566 leave the l2 distance to a few layers: see notebook 07.
-        distance="kl", alpha_f=3.0,
+        distance="kl", alpha_f=1.0,
         tv=3e-3, l2=1e-5),  # with the paper's 1e-4 there is coloured grain on everything
     scaling=Scaling(60, replace(Scaling.inversion, steps=40, lr=0.2, flip=False), pools=(15, 30, 60, 120)),
 )
@@ -121,7 +121,7 @@ NIGHT = replace(
         CPU.continual, epochs=20, images=2560, settings=ContinualSettings(updates=250), seeds=3),
     imagenet=replace(
         CPU.imagenet, images_per_class=3, seeds=3, comparison_stages=((400, 112),),
-        inversion=replace(CPU.imagenet.inversion, stages=((300, 56), (1600, 112), (800, 224)))),
+        inversion=replace(CPU.imagenet.inversion, stages=((2000, 112), (1000, 224)))),
 )
 
 # At 8x8 a shift by two pixels is a quarter of the digit, and a mirrored digit is none.
