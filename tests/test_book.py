@@ -121,9 +121,9 @@ def test_every_notebook_page_and_public_name_is_in_the_navigation(book, pages):
     assert {f"notebooks/{path.stem}.html" for path in notebooks()} | set(written) <= linked
     anchors = {element["id"] for page in pages.values() for element in page.find_all(id=re.compile("^dinv"))}
     assert {f"{getattr(dinv, name).__module__}.{name}" for name in dinv.__all__} <= anchors
-    for path, page in pages.items():
-        loose = [code.text for code in page.select("code.xref") if code.find_parent("a") is None]
-        assert not loose, (path.name, loose)
+    for name in written:  # docstrings name much that is PyTorch's; a page of our own names what is here
+        loose = [code.text for code in pages[book / name].select("code.xref") if not code.find_parent("a")]
+        assert not loose, (name, loose)
 
 
 @pytest.mark.slow
@@ -167,7 +167,8 @@ def test_equations_are_drawn_and_pictures_have_their_text(book, pages):
         assert all(image.get("alt") for image in page.find_all("img")), path
         for code in page(["pre", "code", "script", "annotation"]):
             code.extract()
-        raw = re.findall(r".{20}(?:\$\$|\\math|\\lVert|\\frac).{20}", page.text)
+        raw = re.findall(r".{0,20}(?:\$\$|\\math|\\frac).{0,20}", page.text)
+        raw += [equation.text for equation in page.find_all("math") if "\\" in equation.text]
         assert not raw, (path.relative_to(book), raw)
 
 
