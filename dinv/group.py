@@ -7,7 +7,8 @@ statistics of its own share instead, the objective is another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -134,21 +135,9 @@ def by_rank(make: Callable[[], Any], group: Group | None) -> list[Any]:
     return results
 
 
-def of_first(checkpoint: NoCheckpoint, group: Group | None) -> NoCheckpoint:
+def of_first(checkpoint: NoCheckpoint, group: Group | None) -> Any:
     """Rank 0's checkpoint for all ranks: it alone writes, and where it goes on, all do."""
-    return checkpoint if group is None else _OfFirst(checkpoint, group)
-
-
-class _OfFirst(NoCheckpoint):
-    def __init__(self, checkpoint: NoCheckpoint, group: Group) -> None:
-        self.checkpoint = NoCheckpoint() if group.rank() else checkpoint
-        self.group = group
-
-    def load(self) -> tuple[dict[str, Tensor], dict] | None:
-        return from_first(self.checkpoint.load(), self.group)
-
-    def save(self, make: Callable[[], tuple[Mapping[str, Tensor], Mapping]]) -> None:
-        self.checkpoint.save(make)
-
-    def progress(self, done: int, total: int, **numbers: float) -> None:
-        self.checkpoint.progress(done, total, **numbers)
+    if group is None:
+        return checkpoint
+    own = NoCheckpoint() if group.rank() else checkpoint
+    return SimpleNamespace(load=lambda: from_first(own.load(), group), save=own.save, progress=own.progress)

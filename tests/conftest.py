@@ -97,8 +97,6 @@ def portrait():
 
 
 # ---- stages ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def apart(tmp_path, monkeypatch) -> Path:
     """Cache and results in a folder of the test's own; no wish of the caller's, no bar."""
@@ -130,8 +128,6 @@ def short_profile(apart):
 
 
 # ---- interruptions -------------------------------------------------------------------------------
-
-
 class _Memory:
     """A checkpoint in memory; its `fail`-th save is made, and then ends the run."""
 

@@ -235,8 +235,6 @@ def test_the_flat_download_with_its_list(tmp_path, name, inside):
 
 
 # ---- the user's own session ------------------------------------------------------------------------
-
-
 def states():
     return pickle.dumps((torch.get_rng_state().tolist(), np.random.get_state(), random.getstate()))
 

@@ -26,8 +26,6 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 # ---- what needs no build -------------------------------------------------------------------------
-
-
 def test_the_worked_example_runs_and_prints_what_the_page_says(capsys):
     blocks, names = re.findall(r"```python\n(.*?)```", PAGES["your_own.md"], re.DOTALL), {}
     for block in blocks:
@@ -89,8 +87,6 @@ def test_one_version_and_one_command():
 
 
 # ---- the built pages -----------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def book(tmp_path_factory) -> Path:
     """The folder of the pages; a warning of Sphinx is an error."""

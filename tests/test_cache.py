@@ -60,8 +60,6 @@ def data() -> str:
 
 
 # ---- the key -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "change",
     [{"eval_every": 2}, {"images": torch.ones(3)}, {"settings": (0.1, 2.0)}, {"added": "yes"}, {"seed": 1.0}],
@@ -104,8 +102,6 @@ def test_what_has_no_digest_or_cannot_be_kept_is_refused_by_name():
 
 
 # ---- made and found ------------------------------------------------------------------------------
-
-
 def test_a_stage_is_made_once_and_found_again_as_it_was(ledger):
     made, again = walk(name="left"), walk(name="left")
     assert torch.equal(made.state, again.state) and torch.equal(made.parts["last"], again.parts["last"])
@@ -205,8 +201,6 @@ def test_seconds_add_up_over_parts_and_saving_takes_a_tenth_of_the_time(monkeypa
 
 
 # ---- corruption and the disk ---------------------------------------------------------------------
-
-
 def flip_last_byte(path: Path):
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
 

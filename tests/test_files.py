@@ -99,8 +99,6 @@ def test_near():
 
 
 # ---- tensors and records ---------------------------------------------------------------------------
-
-
 def test_tensors_come_back_as_they_were(tmp_path):
     shared = torch.arange(6.0).reshape(2, 3)
     tensors = {
@@ -173,8 +171,6 @@ def test_a_dataclass_comes_back_from_its_file(tmp_path, record):
 
 
 # ---- the disk --------------------------------------------------------------------------------------
-
-
 def test_no_space_leaves_the_old_file_and_says_what_is_needed(monkeypatch, tmp_path):
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")

@@ -50,7 +50,7 @@ def test_a_verifier_is_never_the_teacher(short_profile, profile, teacher):
 
 def test_classes_by_name_and_at_random(teacher):
     assert imagenet.labels(teacher, ["7", "1"], 2).tolist() == [7, 1, 7, 1]
-    with pytest.raises(ValueError, match="resnet_digits knows no class '77': did you mean 7"):
+    with pytest.raises(ValueError, match="the teacher knows no class '77': did you mean 7"):
         imagenet.labels(teacher, ["77"])
     names, again = (imagenet.sample_classes(teacher, 3, ("0", "1", "2"), seed=1) for _ in range(2))
     assert names == again and len(set(names)) == 3 and set(names) <= set("3456789")
@@ -67,8 +67,6 @@ def test_every_profiles_classes_and_schedule_fit_its_teacher():
 
 
 # ---- real images -----------------------------------------------------------------------------------
-
-
 def names_of_folders(folder, names, model):
     """The class that each folder's image is said to be of; one image a folder, its red its number."""
     for number, name in enumerate(names):

@@ -107,8 +107,6 @@ def test_weights_out_of_reach(monkeypatch, tmp_path, name):
 
 
 # ---- classifiers ---------------------------------------------------------------------------------
-
-
 def test_a_classifier_owns_its_normalisation(tiny):
     model, images = tiny(), torch.rand(4, 3, 8, 8)
     mean, std = (np.array(values)[:, None, None] for values in ((0.3, 0.45, 0.6), (0.2, 0.25, 0.3)))
@@ -147,8 +145,6 @@ def test_freeze_and_evaluating(tiny):
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def digits():
     """A fresh network, and the weights of another one."""
@@ -235,8 +231,6 @@ def test_weights_of_another_network_or_not_finite(digits, tmp_path):
 
 
 # ---- shipped networks ----------------------------------------------------------------------------
-
-
 def test_a_shipped_file_that_was_altered_or_is_gone(tmp_path, monkeypatch):
     entry = shipped_models()["resnet_digits"]
     path = tmp_path / entry["file"]

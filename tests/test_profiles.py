@@ -74,8 +74,6 @@ def test_auto_follows_the_machine_and_the_environment(monkeypatch, cuda, wish, v
 
 
 # ---- overrides -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "key, given, value",
     [

@@ -28,8 +28,6 @@ def finished(chapter="02_example", profile="smoke", value=1.0) -> Run:
 
 
 # ---- tables and claims -----------------------------------------------------------------------------
-
-
 def test_a_table_is_shown_as_a_pivot_and_kept_as_rows():
     run = new_run()
     cells = {
@@ -119,8 +117,6 @@ def test_mean_and_deviation_have_the_same_decimals(value, sd, text):
 
 
 # ---- files -----------------------------------------------------------------------------------------
-
-
 def test_chapters_replace_their_own_rows_only_and_equal_results_are_equal_bytes():
     for chapter in ("02_b", "01_a", "02_b"):
         run = finished(chapter)
@@ -205,8 +201,6 @@ def test_the_command_holds_every_changed_setting_and_gives_the_profile_again():
 
 
 # ---- pages ------------------------------------------------------------------------------------------
-
-
 def test_the_page_shows_every_chapter_by_all_its_profiles_but_smoke(apart):
     page = apart / "figures" / "RESULTS.md"
     page.parent.mkdir()

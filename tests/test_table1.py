@@ -160,8 +160,6 @@ def test_the_ceilings_have_their_share_of_every_class(profile):
 
 
 # ---- the paper -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", PROFILES)
 def test_the_columns_of_every_profile_fit_its_networks_and_batches(name):
     profile = load_profile(name)

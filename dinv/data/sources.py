@@ -47,8 +47,6 @@ class RouteFailed(Exception):
 
 
 # ---- files to arrays: images (N, C, H, W) and labels (N,) of one split ---------------------------------
-
-
 class _ArraysOnly(pickle.Unpickler):
     """Reads CIFAR-10's batches, which are pickles, and can build nothing but plain numpy arrays."""
 
@@ -153,8 +151,6 @@ def _verified(name: str, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ---- routes ---------------------------------------------------------------------------------------------
-
-
 class Source(NamedTuple):
     """The places one dataset can come from."""
 

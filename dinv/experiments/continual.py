@@ -18,9 +18,8 @@ from dinv.experiments.settings import Profile
 from dinv.experiments.stages import joint_accuracy, learn, stage_seed, train_network
 from dinv.models import Classifier, create_model, load_model, shipped_models
 
+
 # ---- scenarios -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Scenario:
     """Images of the old and of the new classes, labels from 0; `old_train` is for the oracles alone."""
@@ -93,8 +92,6 @@ def trained_on_part(profile: Profile, count: int) -> tuple[Classifier, list[dict
 
 
 # ---- learning --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Increment:
     """A network after a step.

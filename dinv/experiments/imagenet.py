@@ -17,13 +17,13 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from dinv.checks import near
 from dinv.compiling import distillation_flops, inversion_flops
 from dinv.data import Dataset, load_dataset
 from dinv.experiments import stages
 from dinv.experiments.device import device
 from dinv.experiments.profiles import load_profile
 from dinv.experiments.settings import Imagenet, Profile
+from dinv.inversion import check_labels
 from dinv.models import Classifier, WeightsUnavailable, load_model, resized
 from dinv.precision import settled
 
@@ -83,16 +83,8 @@ def verifiers(profile: Profile, teacher: Classifier) -> list[Classifier]:
 
 
 def labels(teacher: Classifier, names: Sequence[str], each: int = 1) -> Tensor:
-    """The numbers of these classes, `each` times one after the other: a, b, c, a, b, c.
-
-    Raises:
-        ValueError: the teacher has no such class; the nearest one is named.
-    """
-    numbers = {name: number for number, name in enumerate(teacher.classes)}
-    for name in names:
-        if name not in numbers:
-            raise ValueError(f"{teacher.name} knows no class {name!r}{near(name, teacher.classes)}")
-    return torch.tensor([numbers[name] for name in names]).repeat(each)
+    """The numbers of these classes, `each` times in turn: a, b, c, a, b, c. Errors are `check_labels`'s."""
+    return check_labels([*names] * each, teacher.classes)
 
 
 def sample_classes(
@@ -112,8 +104,6 @@ def work(profile: Profile, teacher: Classifier) -> tuple[float, float]:
 
 
 # ---- real images -----------------------------------------------------------------------------------
-
-
 def test_set(profile: Profile, model: Classifier, count: int = 5000) -> Dataset | None:
     """Real images to test a network on: `count` of the user's folder, None without one.
 

@@ -57,8 +57,6 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 # ---- in the notebooks' kernel ----------------------------------------------------------------------
-
-
 def together(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """`function(..., group=...)` in all processes of the run; without a group where there is one process.
 
@@ -82,8 +80,6 @@ def together(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
 
 
 # ---- in the processes that torchrun starts ---------------------------------------------------------
-
-
 def begin(profile: str) -> None:
     """Take up the connection between this rank and rank 0, and this rank's card.
 

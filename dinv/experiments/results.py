@@ -218,8 +218,6 @@ def _json(value: Any) -> str:
 
 
 # ---- where they came from --------------------------------------------------------------------------
-
-
 def changed_settings(profile: Profile) -> dict[str, Any]:
     """What `profile` has other than the profile of its name."""
     defaults = flat(load_profile(profile.name))
@@ -292,8 +290,6 @@ def read_provenance(folder: Path) -> dict[str, dict]:
 
 
 # ---- the pages ---------------------------------------------------------------------------------------
-
-
 def _ours(rows: pd.DataFrame) -> list[str]:
     return [with_deviation(value, sd) for value, sd in zip(rows.value, rows.sd, strict=True)]
 

@@ -32,8 +32,6 @@ def stage_seed(seed: int, name: str) -> int:
 
 
 # ---- networks --------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Trained:
     state: dict[str, Tensor]
@@ -107,8 +105,6 @@ synthesize_from = stage("pool", version=1)(generator.synthesize_from)
 
 
 # ---- students --------------------------------------------------------------------------------------
-
-
 def networks_of(profile: Profile, pair: str) -> tuple[Classifier, str]:
     """A column of Table 1, such as "resnet_small->resnet_tiny": the teacher, frozen, and a student's name.
 

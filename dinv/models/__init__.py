@@ -12,13 +12,7 @@ from dinv.models.classifier import (
     to_float,
 )
 from dinv.models.pretrained import WeightsUnavailable
-from dinv.models.zoo import (
-    DOMAINS,
-    NETWORKS,
-    create_model,
-    load_model,
-    shipped_models,
-)
+from dinv.models.zoo import DOMAINS, NETWORKS, create_model, load_model, shipped_models
 
 __all__ = [
     "DOMAINS", "NETWORKS", "Classifier", "CorruptCheckpoint", "Unfit", "WeightsUnavailable",
