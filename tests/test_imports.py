@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dinv"
 FLOORS = (  # a room imports rooms of lower floors only; a folder that is named here is one room
-    "checks files figures precision pyramid",
+    "checks files figures muon precision pyramid",
     "group models",
     "preflight",
     "compiling data feature_statistics latency pruning_graph",
