@@ -46,9 +46,12 @@ def lay_out(source: Path) -> None:
     for path in (*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "LICENSE", ROOT / "CITATION.cff"):
         copied = source / path.relative_to(ROOT)
         copied.parent.mkdir(exist_ok=True)
-        copied.write_text(path.read_text(encoding="utf-8").replace("](book_source/", "]("), encoding="utf-8")
+        text = path.read_text(encoding="utf-8").replace("](book_source/", "](")
+        # A link to a source file leads to the page of that module.
+        text = re.sub(r"\]\(dinv/([\w/]+)\.py\)", lambda link: f"](api/{link[1].replace('/', '.')}.md)", text)
+        copied.write_text(text, encoding="utf-8")
     # The README is cut in two: its opening is the first page, the rest a page of its own.
-    opening, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")
+    opening, _, rest = (source / "README.md").read_text(encoding="utf-8").partition("\n## ")
     index = source / "index.md"
     index.write_text(index.read_text(encoding="utf-8").replace("{{opening}}", opening), encoding="utf-8")
     (source / "README.md").write_text(f"# Scale, results and how to run it\n\n## {rest}", encoding="utf-8")
