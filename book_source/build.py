@@ -36,7 +36,11 @@ def build(folder: Path, *options: str) -> int:
     with tempfile.TemporaryDirectory(prefix="dinv-book-") as scratch:
         source = Path(scratch, "source")
         lay_out(source)
-        return sphinx(["-q", "-b", "html", "-d", f"{scratch}/trees", *options, str(source), str(folder)])
+        pages = Path(scratch, "pages")  # myst-nb writes beside this folder, too
+        status = sphinx(["-q", "-b", "html", "-d", f"{scratch}/trees", *options, str(source), str(pages)])
+        if pages.exists():
+            shutil.copytree(pages, folder, dirs_exist_ok=True)
+        return status
 
 
 def lay_out(source: Path) -> None:
