@@ -28,7 +28,7 @@ class Muon(torch.optim.SGD):
     """`torch.optim.SGD`, but groups with a `share` are moved by Muon.
 
     Such a group's parameters have two dimensions or more. An update moves each by `lr * share` of its own
-    norm, after momentum as Nesterov's; `momentum_buffer` is where SGD keeps it as well.
+    norm, after momentum as Nesterov's, so a bank of zeros stays. `momentum_buffer` is as SGD has it.
     """
 
     momentum = 0.6  # Jordan's for convolutions

@@ -79,9 +79,10 @@ def optimizer_for(model: nn.Module, settings: UpdateSettings) -> Muon:
 
     With `settings.muon` the filters are Muon's, without decay: their length does not count.
     """
-    filters = [p for p in model.parameters() if p.dim() > 2 and settings.muon]
-    weights = [p for p in model.parameters() if p.dim() == 2 or p.dim() > 2 and not settings.muon]
+    weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
+    filters = [p for p in weights if p.dim() > 2] if settings.muon else []
+    weights = [p for p in weights if p.dim() == 2] if settings.muon else weights
     groups = [{"params": weights, "weight_decay": settings.weight_decay}, {"params": others}]
     groups += [{"params": filters, "share": settings.muon / settings.lr}] if filters else []
     return Muon(groups, lr=settings.lr, momentum=0.9, nesterov=True)

@@ -127,9 +127,8 @@ NIGHT = replace(
 # At 8x8 a shift by two pixels is a quarter of the digit, and a mirrored digit is none.
 _DIGITS = InversionSettings(steps=200, lr=0.3, schedule="cosine", jitter=0, flip=False, compile="never")
 _TRAINING = TrainingSettings(epochs=8, batch_size=64, lr=0.1, pad=1, flip=False)
-_HEALED = DistillationSettings(
-    rounds=1, updates=30, batch_size=64, lr=0.02, pad=1, flip=False, compile="never")
-_STUDENT = replace(_HEALED, rounds=5, updates=10, lr=0.1, muon=0.1)
+_STUDENT = DistillationSettings(
+    rounds=5, updates=10, batch_size=64, muon=0.1, pad=1, flip=False, compile="never")
 SMOKE = replace(
     CPU, name="smoke", dataset="digits", teacher="resnet_digits", verifier="vgg_digits", retrain=True,
     seeds=1, teacher_training=_TRAINING, verifier_training=_TRAINING,
@@ -148,7 +147,7 @@ SMOKE = replace(
         warmup=4, seeds=1, eval_every=5, compare=10, pixel_batches=2),
     pruning=Pruning(
         images=128, settings=PruningSettings(step=0.05), front=(0.2, 0.5), etas=(0.0, 0.1), seeds=1,
-        distillation=_HEALED,
+        distillation=replace(_STUDENT, rounds=1, updates=30, lr=0.02, muon=0.0),
         latency_shares=(0.05,)),  # of 8x8 images little time goes into what a filter less makes less
     continual=Continual(
         domain="negative digits", epochs=8, images=128, seeds=1,

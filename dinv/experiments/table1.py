@@ -125,8 +125,6 @@ def at_equal_work(
 def _generator_flops(profile: Profile, teacher: Classifier) -> int:
     """Operations of one image's way through the profile's generator."""
     settings, device = profile.generator.settings, teacher.mean.device
-    latent, label = (
-        torch.zeros(1, settings.latent_dim, device=device),
-        torch.zeros(1, dtype=int, device=device),
-    )
+    latent = torch.zeros(1, settings.latent_dim, device=device)
+    label = torch.zeros(1, dtype=int, device=device)
     return counted_flops(create_generator(teacher, settings).eval(), latent, label)
