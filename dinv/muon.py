@@ -28,10 +28,12 @@ class Muon(torch.optim.SGD):
     """`torch.optim.SGD`, but groups with a `share` are moved by Muon.
 
     Such a group's parameters have two dimensions or more. An update moves each by `lr * share` of its own
-    norm, after momentum as Nesterov's, so a bank of zeros stays. `momentum_buffer` is as SGD has it.
+    norm, after momentum as Nesterov's, so a bank of zeros stays; one of length `longest` grows no longer.
+    `momentum_buffer` is as SGD has it.
     """
 
     momentum = 0.6  # Jordan's for convolutions
+    longest = 1e10  # BatchNorm hides a bank's length, so it grows; the squares of its outputs have to fit
 
     @torch.no_grad()
     def step(self) -> None:
@@ -51,3 +53,4 @@ class Muon(torch.optim.SGD):
         direction = orthogonalized(ahead.reshape(len(ahead), -1)).view(ahead.shape)
         norm = direction.norm().clamp(min=1e-12)
         parameter.sub_(direction * (length * parameter.norm() / norm))
+        parameter.mul_((self.longest / parameter.norm()).clamp(max=1))

@@ -7,7 +7,7 @@ import torch
 
 from dinv import files, training
 from dinv.data import Dataset
-from dinv.muon import orthogonalized
+from dinv.muon import Muon, orthogonalized
 from dinv.training import TrainingSettings
 
 SETTINGS = TrainingSettings(epochs=3, batch_size=16, lr=0.1, pad=1, muon=0.05)
@@ -80,3 +80,18 @@ def test_at_zero_muon_is_no_part_of_a_digest(monkeypatch):
     for share in (0.0, 0.05):
         files.digest(dataclasses.replace(SETTINGS, muon=share))
     assert ["muon" in text for text in seen] == [False, True] and "weight_decay" in seen[0]
+
+
+def test_a_bank_does_not_grow_until_it_overflows(tiny):
+    """A step that is orthogonal to a bank makes it longer, and BatchNorm does not mind: nothing else would."""
+    model = tiny()
+    bank, optimizer = model.get_parameter("net.0.weight"), training.optimizer_for(model, SETTINGS)
+    with torch.no_grad():
+        bank.mul_(Muon.longest / bank.norm())
+    direction = bank.detach() / bank.norm()
+    for _ in range(20):
+        noise = torch.randn_like(bank)
+        bank.grad = noise - (noise * direction).sum() * direction
+        optimizer.step()
+    assert bank.norm().item() == pytest.approx(Muon.longest, rel=1e-4)
+    assert (bank.detach() / bank.norm() * direction).sum() < 0.999  # it has moved all the same

@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from dinv import reproduce
+from dinv.experiments.results import read_rows
 from dinv.files import repository_root
 
 NOTEBOOKS = sorted((repository_root() / "notebooks").glob("[0-9]*.ipynb"))
@@ -122,6 +123,19 @@ def test_form(notebook):
     for heading in ("## What you will learn", "**Time.**", "## Take away", "## Exercises", "## References"):
         assert heading in text, heading
     assert text.count("<details>") >= 2 and text.count("<details>") == text.count("</details>")
+
+
+def test_a_take_away_tells_how_its_claims_stand(notebook, request):
+    """As `figures/cpu/results.csv` has them: a run that changes a verdict turns the sentence's test red."""
+    (text,) = (cell.source for cell in notebook.cells if "## Take away" in cell.source)
+    text = text.partition("## Take away")[2].partition("\n## ")[0]
+    told = re.findall(r'"([^"]+)" \((holds|open|does not hold)\)', text)
+    chapter = request.node.callspec.id
+    rows = read_rows(repository_root() / "figures" / "cpu")
+    rows = rows[(rows.chapter == chapter) & (rows.table == "claims")].set_index("row").holds
+    verdicts = {"yes": "holds", "no": "does not hold", "open": "open"}
+    assert told == [(claim, verdicts[rows[claim]]) for claim, _ in told]
+    assert told or chapter == "00_teacher"
 
 
 def test_every_exercise_has_a_solution_that_is_python(notebook):
