@@ -83,7 +83,7 @@ def test_at_zero_muon_is_no_part_of_a_digest(monkeypatch):
 
 
 def test_a_bank_does_not_grow_until_it_overflows(tiny):
-    """A step that is orthogonal to a bank makes it longer, and BatchNorm does not mind: nothing else would."""
+    """A step that is orthogonal to a bank makes it longer, and BatchNorm does not mind."""
     model = tiny()
     bank, optimizer = model.get_parameter("net.0.weight"), training.optimizer_for(model, SETTINGS)
     with torch.no_grad():
