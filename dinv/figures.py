@@ -1,9 +1,9 @@
 """Every figure one function: tensors and numbers in, a matplotlib figure out. Nothing here computes a result.
 
-5.5 inches wide, Okabe and Ito's colours; colour, marker and line style are fixed for each method, internal
-names ("adi") shown as `label(name)`. Images are uint8, or float in [0, 1], NCHW: one channel is grey, of
-more than three the first three are red, green and blue; images[:, [3, 2, 1]] chooses others. Lines and bars
-take one number, or one per seed: then they show mean ± sample deviation, and n.
+5.5 inches wide; colour (Okabe and Ito's, no two alike to the colour-blind), marker and line style are fixed
+for each method, internal names ("adi") shown as `label(name)`. Images are uint8, or float in [0, 1], NCHW:
+one channel is grey, of more than three the first three are red, green and blue; images[:, [3, 2, 1]] chooses
+others. Lines and bars take one number, or one per seed: then they show mean ± sample deviation, and n.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from PIL import Image
 from torch import Tensor
 
 WIDTH, GREY = 5.5, "#8c8c8c"
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+OKABE_ITO = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#56B4E9", "#009E73", "#D55E00")
 STYLES = {  # name as shown -> colour, marker, line style
-    "noise": (GREY, "X", ":"), "raw noise": ("#c4c4c4", "x", ":"),
+    "noise": ("#5f5f5f", "X", ":"), "raw noise": ("#c4c4c4", "x", ":"),
     "DeepDream": ("#E69F00", "s", "--"), "DeepInversion": ("#0072B2", "o", "-"),
-    "ADI": ("#D55E00", "D", "-."), "generator": ("#009E73", "^", ":"), "real images": ("#000000", "p", "-"),
-    "teacher": ("#56B4E9", "P", "-"), "verifier": ("#CC79A7", "v", "--"),
+    "ADI": ("#D55E00", "D", "-."), "generator": ("#CC79A7", "^", ":"), "real images": ("#000000", "p", "-"),
+    "teacher": ("#56B4E9", "P", "-"), "verifier": ("#009E73", "v", "--"),
 }  # fmt: skip
 LABELS = {  # internal name -> name as shown
     "real": "real images", "all real": "all real images", "1 % real": "1 % of the real images", "adi": "ADI",
     "deepdream": "DeepDream", "deepinversion": "DeepInversion", "lwf.mc": "LwF.MC", "kl": "Taylor (KL)",
+}  # fmt: skip
+KINDS = {  # what matplotlib calls a thing that is drawn -> what it is
+    "AxesImage": "Images", "QuadMesh": "Confusion matrices", "Rectangle": "Bars", "PathCollection": "Points",
 }  # fmt: skip
 WORDS = {"->": " → ", "cifar_": "", "resnet_?": "ResNet-", "vgg_?": "VGG-", "efficientnet_": "EfficientNet-"}
 RC = {"figure.dpi": 140, "figure.constrained_layout.use": True, "legend.frameon": False}
@@ -132,7 +135,8 @@ def emerging(columns: int = 4) -> Callable:
     def callback(progress) -> None:
         if get_ipython() is not None:
             figure = image_grids({f"step {progress.step} of {progress.steps}": progress.images()}, columns)
-            handle.display(display.Image(data=jpeg(png(figure)), format="jpeg"), update=bool(shown))
+            picture = display.Image(data=jpeg(png(figure)), format="jpeg", alt=describe(figure))
+            handle.display(picture, update=bool(shown))
             shown.append(progress.step)
 
     return callback
@@ -258,6 +262,26 @@ def histograms(values: Mapping[str, Tensor], xlabel: str, title: str = "") -> Fi
         sns.histplot(x=values[name].numpy(), bins=edges, color=color, ls=line, ax=axis, **options)
     axis.set(xlabel=xlabel, ylabel="density")
     return _finish(figure, title, looks)
+
+
+def describe(figure: Figure, finding: str = "") -> str:
+    """A text in place of a figure: the finding or the title, then kind, names, panels and axes as drawn."""
+    axes, first, last = figure.axes, figure.axes[0], figure.axes[-1]
+    drawn = {type(artist).__name__ for artist in first.get_children() if artist is not first.patch}
+    kind = next((word for name, word in KINDS.items() if name in drawn), "Lines")
+    labels = figure.get_supylabel() or first.get_ylabel(), figure.get_supxlabel() or last.get_xlabel()
+    rows, columns = kind not in ("Lines", "Points"), kind not in ("Lines", "Points", "Bars")
+    parts = {
+        kind: [text.get_text() for legend in figure.legends for text in legend.get_texts()],
+        "Panels": [axis.get_title() for axis in axes],
+        "Axes": [" against ".join(filter(None, labels))],
+        "Rows": [text.get_text() for text in first.get_yticklabels()] if rows else [],
+        "Columns": [text.get_text() for text in last.get_xticklabels()] if columns else [],
+    }
+    title = finding or "".join(legend.get_title().get_text() for legend in figure.legends)
+    lines = [f"{name}: {'; '.join(filter(None, texts))}" for name, texts in parts.items() if any(texts)]
+    lines = lines if any(parts[kind]) else [kind, *lines]
+    return " ".join(" ".join(line.split()).rstrip(".") + "." for line in (title, *lines) if line)
 
 
 def png(figure: Figure) -> bytes:

@@ -1,14 +1,31 @@
 """The figures: what is drawn is what was given."""
 
+import itertools
+from types import SimpleNamespace
+
 import matplotlib
+import nbformat
+import numpy as np
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from nbconvert import HTMLExporter
 
 from dinv import figures
-from dinv.experiments import paper
+from dinv.experiments import notebook, paper
 
 matplotlib.use("Agg")
 CLASSES = ["a", "b", "c", "d"]
+EYES = {  # linear RGB as it is seen (G. M. Machado et al., 2009, severity 1)
+    "by most": np.eye(3),
+    "by a deuteranope": [
+        [0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881],
+    ],
+    "by a protanope": [
+        [0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998],
+    ],
+}  # fmt: skip
+TO_XYZ = [[0.4339, 0.3762, 0.1899], [0.2127, 0.7152, 0.0722], [0.0178, 0.1095, 0.8727]]  # white is (1, 1, 1)
 
 
 def texts(labels):
@@ -73,6 +90,32 @@ def test_a_method_looks_the_same_everywhere_and_no_two_lines_are_alike():
     assert texts(figure.legends[0].get_texts())[-1] == "teacher (ResNet-small)"
 
 
+def lightness_and_hue(color, eyes):
+    """CIE L*, a*, b* of a colour, as these eyes see it."""
+    rgb = np.array(matplotlib.colors.to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = TO_XYZ @ np.clip(eyes @ linear, 0, 1)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_no_two_methods_have_one_colour_to_the_colour_blind(eyes):
+    """2 is a difference that can be seen at all, side by side."""
+    methods = {
+        name: lightness_and_hue(look[0], np.array(EYES[eyes])) for name, look in figures.STYLES.items()
+    }
+    others = dict(enumerate(lightness_and_hue(c, np.array(EYES[eyes])) for c in figures.OKABE_ITO))
+    for colors in (methods, others):
+        apart = {
+            pair: np.linalg.norm(np.subtract(*map(colors.get, pair)))
+            for pair in itertools.combinations(colors, 2)
+        }
+        assert not {pair: distance for pair, distance in apart.items() if distance < 15}
+    four = [others[index] for index in range(4)]  # figures of unnamed lines have four at most
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(four, 2)) > 20
+
+
 def test_curves_keep_their_own_x_and_average_over_seeds():
     lines = {"one": ([1, 2, 3], [4, 5, 6]), "two": ([2, 4], torch.tensor([[1.0, 0], [3, 2]]))}
     figure = figures.curves(lines, "x", "y")
@@ -81,6 +124,52 @@ def test_curves_keep_their_own_x_and_average_over_seeds():
     assert texts(figure.texts)[0] == "± sd, n = 2"
     figure.canvas.draw()
     assert all(tick == int(tick) for tick in figure.axes[0].get_xticks())
+
+
+def test_a_figure_describes_itself():
+    pools = {name: (torch.rand(8, 3, 4, 4), torch.arange(8) % 4) for name in ("noise", "adi")}
+    lines = {"teacher": [[1.0, 2.0], [2.0, 3.0]], "verifier": [1, 2]}
+    whole = 100 * torch.eye(4)
+    for figure, text in {
+        figures.method_grids(
+            pools, CLASSES, ["5 %", ""]
+        ): "Images. Panels: noise 5 %; ADI. Rows: a; b; c; d.",
+        figures.film_strip({"x": torch.rand(2, 1, 3, 4, 4)}, [0, 9], ["a"]): (
+            "Images. Panels: x. Axes: iteration. Rows: a. Columns: 0; 9."
+        ),
+        figures.curve([0, 1], lines, "steps", "of them,\n%", log=True, title="A finding"): (
+            "A finding. Lines: teacher; verifier. Axes: of them, % against steps."
+        ),
+        figures.progress({"adi": [(1, 2.0, 3.0)]}): (
+            "Lines: synthetic images (teacher's answers); real test images. Panels: ADI. "
+            "Axes: student's accuracy, % against round."
+        ),
+        figures.accuracy_bars({"x": {"a": [4.0, 6.0], "b": 8}, "real": {"a": 9, "b": 9}}): (
+            "Bars: a; b. Axes: top-1 accuracy, %. Rows: x; real images."
+        ),
+        figures.confusion({"x": whole}, CLASSES, boundary=2): (
+            "Confusion matrices. Panels: x. Axes: true class against answer. "
+            "Rows: a; b; c; d. Columns: a; b; c; d."
+        ),
+        figures.embedding({"real": torch.rand(3, 2), "a": torch.rand(3, 2)}): (
+            "Points: real images; a. Panels: a. Axes: second component against first component."
+        ),
+        figures.histograms({"real": torch.rand(9), "adi": torch.rand(9)}, "x"): (
+            "Lines: real images; ADI. Axes: density against x."
+        ),
+    }.items():
+        assert figures.describe(figure) == text
+    assert figures.describe(figure, "Given.") == f"Given. {text}"
+
+
+def test_the_text_of_a_figure_is_in_the_notebook_and_on_a_page_made_of_it(tmp_path):
+    run = SimpleNamespace(folder=tmp_path)
+    shown = notebook.show(run, "a", figures.curve([0, 1], {"a": [1, 2], "b": [2, 3]}, "x", "y"), "Both rise.")
+    data, metadata = InteractiveShell.instance().display_formatter.format(shown, include={"image/png"})
+    (output,) = [nbformat.v4.new_output("display_data", nbformat.from_dict(data), metadata=metadata)]
+    cell = nbformat.v4.new_code_cell("show()", outputs=[output])
+    page, _ = HTMLExporter(template_name="classic").from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert 'alt="Both rise. Lines: a; b. Axes: y against x."' in page
 
 
 def test_png_is_the_same_bytes_twice_and_a_photograph_is_smaller_as_jpeg():

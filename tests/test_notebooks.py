@@ -1,6 +1,7 @@
 """The notebooks as they are committed: their form, their code, their outputs, their checked cells."""
 
 import ast
+import itertools
 import re
 from types import ModuleType
 
@@ -91,6 +92,18 @@ def test_code_cells_are_short_and_plain(notebook):
         assert lines <= 30, cell.source
         for trick in (r"inspect\.getsource", r"1e-12 *\*", r"strict=True"):
             assert not re.search(trick, cell.source), f"{trick} in:\n{cell.source}"
+
+
+def test_every_cell_is_led_in_by_a_sentence(notebook):
+    """All that a reader sees: not the parameters, which the text before them names, nor what is folded."""
+    for before, cell in itertools.pairwise(notebook.cells):
+        folded = cell.metadata.get("jupyter", {}).get("source_hidden")
+        if (
+            cell.cell_type == "code"
+            and not folded
+            and not {"parameters", "checks"} & set(cell.metadata.get("tags", []))
+        ):
+            assert before.cell_type == "markdown", f"nothing leads in:\n{cell.source}"
 
 
 def test_checks_stand_apart_one_a_section(notebook):

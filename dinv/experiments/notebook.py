@@ -48,11 +48,12 @@ def settings_table(profile: Profile, *parts: str) -> pd.DataFrame:
 def show(run: Run, name: str, figure: Figure, alt: str = "") -> Image:
     """Keep a figure as `figures/<profile>/<name>.png` and return it for display, with a text in its place.
 
-    What is displayed lies in the notebook: as JPEG where that is smaller, as it is for images of grain.
+    What is displayed lies in the notebook: as JPEG where that is smaller, as it is for images of grain. The
+    text is `alt`, if there is one, and what `figures.describe` reads off the figure.
     """
-    data = figures.png(figure)
+    text, data = figures.describe(figure, alt), figures.png(figure)
     (run.folder / f"{name}.png").write_bytes(data)
-    return Image(data=min(data, figures.jpeg(data), key=len), alt=alt or None)
+    return Image(data=min(data, figures.jpeg(data), key=len), alt=text)
 
 
 def source(*objects: Any) -> Code:
