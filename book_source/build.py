@@ -22,6 +22,7 @@ import nbformat
 from sphinx.cmd.build import main as sphinx
 
 import dinv
+from dinv.exercises import SOLUTIONS
 from dinv.reproduce import ROOT, notebooks
 
 WIDGET, STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
@@ -47,7 +48,8 @@ def lay_out(source: Path) -> None:
     """All that the site is made of, into the new folder `source`."""
     shutil.copytree(ROOT / "book_source", source, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "figures", source / "figures", ignore=shutil.ignore_patterns("notebooks"))
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "LICENSE", ROOT / "CITATION.cff"):
+    pages = [path for folder in (".", "benchmarks", "course") for path in ROOT.glob(f"{folder}/*.md")]
+    for path in (*pages, ROOT / "LICENSE", ROOT / "CITATION.cff"):
         copied = source / path.relative_to(ROOT)
         copied.parent.mkdir(exist_ok=True)
         text = path.read_text(encoding="utf-8").replace("](book_source/", "](")
@@ -59,9 +61,10 @@ def lay_out(source: Path) -> None:
     index = source / "index.md"
     index.write_text(index.read_text(encoding="utf-8").replace("{{opening}}", opening), encoding="utf-8")
     (source / "README.md").write_text(f"# Scale, results and how to run it\n\n## {rest}", encoding="utf-8")
-    (source / "notebooks").mkdir()
-    for path in notebooks():
-        nbformat.write(readable(nbformat.read(path, as_version=4)), source / "notebooks" / path.name)
+    for path in (*notebooks(), SOLUTIONS):
+        copied = source / path.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True)
+        nbformat.write(readable(nbformat.read(path, as_version=4)), copied)
     write_api(source / "api")
 
 
