@@ -63,7 +63,8 @@ def misfit(answer: Any, expected: Any) -> str:
             return f"expected a dict of {', '.join(map(repr, expected))}, got {kind(answer)}"
         return next(filter(None, (misfit(answer[key], expected[key]) for key in expected)), "")
     if isinstance(expected, Sequence):
-        if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != len(expected):
+        many = hasattr(answer, "__len__") and getattr(answer, "shape", True)  # a tensor may have one
+        if isinstance(answer, str) or not many or len(answer) != len(expected):
             return f"expected {len(expected)} values, got {kind(answer)}"
         return next(filter(None, map(misfit, answer, expected)), "")
     ours, theirs = numbers(answer), numbers(expected)

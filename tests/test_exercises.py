@@ -16,6 +16,7 @@ from dinv.experiments.results import read_rows
 from dinv.files import repository_root
 
 NOTEBOOKS = reproduce.notebooks()
+SHAPE = "a tensor of shape"
 QUICK = "00"  # the notebook whose cards the default tests run
 HEAD = re.compile(
     r"### (?P<place>[123]) · (?P<title>.+)\n\n(?P<stars>★{1,3}) · \d+ minutes · "
@@ -52,9 +53,10 @@ def stub():
         ([16, 64], (16, 64), "right"),
         (np.array([16, 64]), [16, 64], "right"),
         ([64, 16], [16, 64], "hint: think"),
+        (torch.tensor(64), [16, 64], "not yet: expected 2 values, got a number"),
         ([64], [16, 64], "not yet: expected 2 values, got a list of 1"),
         (torch.ones(3), torch.ones(3), "right"),
-        (torch.ones(2), torch.ones(3), "not yet: expected a tensor of shape (3,), got a tensor of shape (2,)"),
+        (torch.ones(2), torch.ones(3), f"not yet: expected {SHAPE} (3,), got {SHAPE} (2,)"),
         (math.nan, 1, "not yet: the answer is not finite"),
         ({"a": 1, "b": torch.ones(2)}, {"b": torch.ones(2), "a": 1}, "right"),
         ({"a": 2}, {"a": 1}, "hint: think"),
@@ -119,7 +121,7 @@ def test_every_card_has_its_solution_under_the_same_title():
 
 
 def run_cards(path, folder, monkeypatch):
-    """What the cards print in a run on smoke: as they are, and after each its solution, by number."""
+    """What the cards print in a run on smoke, by number: as they are, with a wrong answer, solved."""
     for name in ("DINV_CACHE", "DINV_FIGURES", "JUPYTER_PATH"):
         monkeypatch.setenv(name, str(folder / name.lower()))
     for name in ("PYTHONPATH", "PYDEVD_DISABLE_FILE_VALIDATION"):
@@ -127,16 +129,19 @@ def run_cards(path, folder, monkeypatch):
     reproduce.own_kernel(str(folder / "jupyter"))
     notebook, answers = nbformat.read(path, as_version=4), solutions()
     codes, number = cards(notebook), path.stem[:2]
+    wrong = {name: re.sub(r"raise NotImplementedError\(.*\)", "return 0", code) for name, code in codes.items()}
+    wrong = {name: code for name, code in wrong.items() if "\nclass " not in code}  # a term must be a tensor
     filled = {name: solved(code, answers[name]["code"]) for name, code in codes.items()}
     filled[f"{number}-3"] = answers[f"{number}-3"]["code"]  # an open question has no stub
-    notebook.cells += [nbformat.v4.new_code_cell(code) for code in filled.values()]
+    notebook.cells += map(nbformat.v4.new_code_cell, (*wrong.values(), *filled.values()))
     nbformat.write(notebook, folder / "source.ipynb")
     failure = reproduce.execute(folder / "source.ipynb", folder / "done.ipynb", {"profile": "smoke"})
     assert not failure, failure
     done = nbformat.read(folder / "done.ipynb", as_version=4)
     stubs = {number_of(cell): cell for cell in done.cells if cell.cell_type == "code" and number_of(cell)}
-    pasted = dict(zip(filled, done.cells[-len(filled) :], strict=True))
-    return [{name: printed(cell) for name, cell in part.items()} for part in (stubs, pasted)]
+    pasted = [printed(cell) for cell in done.cells[-len(wrong) - len(filled) :]]
+    of_stubs = {name: printed(cell) for name, cell in stubs.items()}
+    return of_stubs, pasted[: len(wrong)], dict(zip(filled, pasted[len(wrong) :], strict=True))
 
 
 def printed(cell):
@@ -151,10 +156,11 @@ def printed(cell):
     [p if p.stem.startswith(QUICK) else pytest.param(p, marks=pytest.mark.slow) for p in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
-def test_stubs_are_not_yet_and_solutions_are_right(path, tmp_path, monkeypatch):
+def test_stubs_are_not_yet_wrong_answers_get_a_word_and_solutions_are_right(path, tmp_path, monkeypatch):
     """The solutions one after the other, at the end of the notebook, on the smoke profile."""
-    stubs, filled = run_cards(path, tmp_path, monkeypatch)
+    stubs, wrong, filled = run_cards(path, tmp_path, monkeypatch)
     assert len(stubs) == 2 and all(re.fullmatch(r"not yet: .+\n", text) for text in stubs.values()), stubs
+    assert wrong and all(re.match("not yet: |hint: ", text.splitlines()[-1]) for text in wrong), wrong
     for name, text in filled.items():
         assert text.strip() if name.endswith("-3") else text.splitlines()[-1] == "right", (name, text)
 
