@@ -129,8 +129,9 @@ def run_cards(path, folder, monkeypatch):
     reproduce.own_kernel(str(folder / "jupyter"))
     notebook, answers = nbformat.read(path, as_version=4), solutions()
     codes, number = cards(notebook), path.stem[:2]
-    wrong = {name: re.sub(r"raise NotImplementedError\(.*\)", "return 0", code) for name, code in codes.items()}
-    wrong = {name: code for name, code in wrong.items() if "\nclass " not in code}  # a term must be a tensor
+    terms = [name for name, code in codes.items() if "\nclass " in code]  # whose value must be a tensor
+    raising = re.compile(r"raise NotImplementedError\(.*\)")
+    wrong = {name: raising.sub("return 0", code) for name, code in codes.items() if name not in terms}
     filled = {name: solved(code, answers[name]["code"]) for name, code in codes.items()}
     filled[f"{number}-3"] = answers[f"{number}-3"]["code"]  # an open question has no stub
     notebook.cells += map(nbformat.v4.new_code_cell, (*wrong.values(), *filled.values()))
