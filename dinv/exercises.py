@@ -146,7 +146,7 @@ def hand_out(folder: Path, sources: Sequence[Path]) -> None:
     answers = solutions()
     text = "# Solutions to all cards\n\nFor the teacher. The code of a card runs at the end of its notebook."
     cells = [nbformat.v4.new_markdown_cell(text, id="title")]
-    make_folder(folder / "notebooks", "the name after `student`")
+    make_folder(folder / "notebooks", "DIR")
     for source in sources:
         notebook = nbformat.read(source, as_version=4)
         title = notebook.cells[0].source.splitlines()[0].lstrip("# ")

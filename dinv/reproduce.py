@@ -223,6 +223,8 @@ def student(words: Sequence[str]) -> int:
     if len(words) > 1 or any(word.startswith("-") for word in words):
         raise ValueError(f"{' '.join(words)!r}: `student` takes the name of a folder, and nothing else")
     folder = Path(*words) if words else ROOT / "student"
+    if (folder / "notebooks").resolve() == ROOT / "notebooks":
+        raise ValueError(f"{folder} has the notebooks that the copies are made from: name another folder")
     hand_out(folder, notebooks())
     print(f"for the class, without outputs and solutions: {folder / 'notebooks'}")
     print(f"for the teacher: {folder / 'solutions.ipynb'}")

@@ -187,10 +187,17 @@ def test_the_copies_for_a_class(tmp_path, capsys):
     assert all(answer["code"] in text and answer["markdown"] in text for answer in answers.values())
 
 
-@pytest.mark.parametrize("line", ["student --profile smoke", "student one two"])
-def test_student_takes_a_folder_and_nothing_else(line, capsys):
-    assert reproduce.main(line.split()) == 2
-    assert "takes the name of a folder" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--profile", "smoke"], "takes the name of a folder"),
+        (["one", "two"], "takes the name of a folder"),
+        ([str(repository_root())], "has the notebooks that the copies are made from"),
+    ],
+)
+def test_student_takes_one_folder_that_is_not_its_own(words, message, capsys):
+    assert reproduce.main(["student", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_solutions_are_python_that_nothing_else_repeats():
