@@ -4,18 +4,20 @@
 #               --imagenet DIR, --in-place; --list shows them, with their times and what is cached
 #   test        ruff, pytest and the outputs of the notebooks; further words go to pytest: test -m slow
 #   bench, lab  speed and memory; JupyterLab on notebooks/: lab -- --no-browser --port 8899
-#   book, clean web pages in book/; remove runs/, book/, figures/*/notebooks and the tools' caches
+#   book        web pages in book/
+#   student     the notebooks for a class, without outputs and solutions, in student/: student DIR
+#   clean       remove runs/, book/, student/, figures/*/notebooks and the tools' caches
 # DINV_PYTHON=/path/to/python is used as it is; else an active environment equal to the lock; else .venv.
 [ -n "${BASH_VERSION:-}" ] || { echo "reproduce.sh: error: run it with bash: bash reproduce.sh" >&2; exit 2; }
 set -euo pipefail
 fail() { echo "reproduce.sh: error: $2" >&2; exit "$1"; }
-root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") words="reproduce test bench lab book clean"
+root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")") words="reproduce test bench lab book student clean"
 base='import sys, ensurepip, venv; assert (3, 11) <= sys.version_info[:2] <= (3, 14); print(sys._base_executable)'
 for name in python3 python3.12 python3.13 python3.11 python3.14 python; do python=$("$name" -c "$base" 2>/dev/null) && break; done
 case ${1:-reproduce} in
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$root/reproduce.sh" && exit ;;
-    clean) [ $# = 1 ] || fail 2 "clean takes no option"; cd "$root" && rm -rf runs book figures/*/notebooks .pytest_cache .ruff_cache && exit ;;
-    reproduce | test | bench | lab | book | -*) ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$root/reproduce.sh" && exit ;;
+    clean) [ $# = 1 ] || fail 2 "clean takes no option"; cd "$root" && rm -rf runs book student figures/*/notebooks .pytest_cache .ruff_cache && exit ;;
+    reproduce | test | bench | lab | book | student | -*) ;;
     smoke | cpu | night | gpu | paper) fail 2 "unknown word '$1': did you mean --profile $1?" ;;
     *) near='import difflib, sys; print(*map(": did you mean {}?".format, difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)))'
         near=$("$python" -c "$near" "$1" $words 2>/dev/null) || true; fail 2 "unknown word '$1'${near:-.} The words are ${words// /, }" ;;

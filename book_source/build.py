@@ -22,6 +22,7 @@ import nbformat
 from sphinx.cmd.build import main as sphinx
 
 import dinv
+from dinv.exercises import SOLUTIONS
 from dinv.reproduce import ROOT, notebooks
 
 FOLDERS = ("book_source", "benchmarks", "course")  # of pages beside those at the top
@@ -63,9 +64,10 @@ def lay_out(source: Path) -> None:
     opening = (source / "README.md").read_text(encoding="utf-8")
     index.write_text(index.read_text(encoding="utf-8").replace("{{opening}}", opening), encoding="utf-8")
     (source / "README.md").unlink()
-    (source / "notebooks").mkdir()
-    for path in notebooks():
-        nbformat.write(readable(nbformat.read(path, as_version=4)), source / "notebooks" / path.name)
+    for path in (*notebooks(), SOLUTIONS):
+        copied = source / path.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True)
+        nbformat.write(readable(nbformat.read(path, as_version=4)), copied)
     write_api(source / "api")
 
 

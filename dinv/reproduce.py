@@ -22,6 +22,7 @@ from ipykernel.kernelspec import write_kernel_spec
 from tqdm import tqdm
 
 from dinv.checks import near
+from dinv.exercises import hand_out
 from dinv.experiments import device, processes
 from dinv.experiments.overrides import flat
 from dinv.experiments.profiles import load_profile
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
                 raise ValueError(f"torchrun's processes would all do the same: `{word}` runs in one")
             if word == "reproduce":
                 return reproduce(rest)
+            if word == "student":
+                return student(rest)
             return lab(rest) if word == "lab" else run_all(steps(word, rest, scratch))
     except (ValueError, OSError) as error:
         if processes.rank() == 0:
@@ -197,7 +200,8 @@ def steps(word: str, words: Sequence[str], scratch: str) -> dict[str, list[str]]
         return {"book": ["book_source/build.py", "book"]}
     os.environ |= {"DINV_CACHE": f"{scratch}/runs", "DINV_FIGURES": f"{scratch}/figures"}
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800", "notebooks"]
+    nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800"]
+    nbval += ["--ignore=notebooks/solutions", "notebooks"]  # solutions run where their cards are
     ruff = ["-m", "ruff", "check", "--no-cache", "."]
     return {"ruff": ruff, "pytest": [*pytest, *words], "nbval": [*pytest, *nbval]}
 
@@ -212,6 +216,19 @@ def run_all(commands: Mapping[str, Sequence[str]]) -> int:
         lines.append(f"{name:8}  {outcome}, {duration(time.monotonic() - began)}")
     print("", *lines, sep="\n")
     return int(failed)
+
+
+def student(words: Sequence[str]) -> int:
+    """The notebooks for a class, and the solutions for its teacher; see `dinv.exercises`."""
+    if len(words) > 1 or any(word.startswith("-") for word in words):
+        raise ValueError(f"{' '.join(words)!r}: `student` takes the name of a folder, and nothing else")
+    folder = Path(*words) if words else ROOT / "student"
+    if (folder / "notebooks").resolve() == ROOT / "notebooks":
+        raise ValueError(f"{folder} has the notebooks that the copies are made from: name another folder")
+    hand_out(folder, notebooks())
+    print(f"for the class, without outputs and solutions: {folder / 'notebooks'}")
+    print(f"for the teacher: {folder / 'solutions.ipynb'}")
+    return 0
 
 
 def lab(words: Sequence[str]) -> int:

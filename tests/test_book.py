@@ -114,6 +114,7 @@ def addresses(page: BeautifulSoup) -> Iterator[tuple[Tag, str]]:
 def test_every_notebook_page_and_public_name_is_in_the_navigation(book, pages):
     linked = {urlsplit(href).path for _, href in addresses(pages[book / "index.html"])}
     written = [name.replace(".md", ".html") for name in PAGES if name != "index.md"]
+    written += ["notebooks/solutions/solutions.html", "course/instructor.html"]
     assert {f"notebooks/{path.stem}.html" for path in notebooks()} | set(written) <= linked
     anchors = {element["id"] for page in pages.values() for element in page.find_all(id=re.compile("^dinv"))}
     assert {f"{getattr(dinv, name).__module__}.{name}" for name in dinv.__all__} <= anchors

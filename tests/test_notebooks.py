@@ -8,13 +8,11 @@ from types import ModuleType
 import nbformat
 import pytest
 
-from dinv import reproduce
 from dinv.experiments.results import read_rows
 from dinv.files import repository_root
 
 NOTEBOOKS = sorted((repository_root() / "notebooks").glob("[0-9]*.ipynb"))
 MARK = "# NBVAL_CHECK_OUTPUT"
-SOLUTION = re.compile(r"<summary>Solution</summary>\s*```python\n(.*?)```", re.DOTALL)
 # What makes an experiment, plain or cached. Other names of dinv read, measure, draw or record.
 METHODS = {
     *("train", "train_network", "network", "invert", "synthesize", "generate", "synthesize_from"),
@@ -30,11 +28,6 @@ def notebook(request):
 def code_cells(notebook, tag=None):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
-
-
-def solutions(notebook):
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    return SOLUTION.findall(text)
 
 
 def nodes(notebook, kind):
@@ -149,28 +142,3 @@ def test_a_take_away_tells_how_its_claims_stand(notebook, request):
     verdicts = {"yes": "holds", "no": "does not hold", "open": "open"}
     assert told == [(claim, verdicts[rows[claim]]) for claim, _ in told]
     assert told or chapter == "00_teacher"
-
-
-def test_every_exercise_has_a_solution_that_is_python(notebook):
-    exercises = notebook.cells[-1].source.partition("## Exercises")[2].partition("## References")[0]
-    assert len(solutions(notebook)) == len(re.findall(r"^\d\. \*\*", exercises, re.MULTILINE)) >= 2
-    assert all(ast.parse(solution).body for solution in solutions(notebook))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_solutions_run_where_a_reader_would_paste_them(notebook, tmp_path, monkeypatch):
-    """One after the other, at the end of the notebook, on the smoke profile."""
-    for name in ("DINV_CACHE", "DINV_FIGURES", "JUPYTER_PATH"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    for name in ("PYTHONPATH", "PYDEVD_DISABLE_FILE_VALIDATION"):
-        monkeypatch.setenv(name, "")  # `own_kernel` changes them
-    reproduce.own_kernel(str(tmp_path / "jupyter"))
-    pasted = [nbformat.v4.new_code_cell(solution) for solution in solutions(notebook)]
-    notebook.cells += pasted
-    nbformat.write(notebook, tmp_path / "source.ipynb")
-    failure = reproduce.execute(tmp_path / "source.ipynb", tmp_path / "done.ipynb", {"profile": "smoke"})
-    assert not failure, failure
-    for cell in nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[-len(pasted) :]:
-        shown = [output for output in cell.outputs if output.get("name") != "stderr"]
-        assert cell.execution_count and shown, f"shows nothing:\n{cell.source}"

@@ -78,7 +78,7 @@ def house(tmp_path) -> House:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("tset", "unknown word 'tset': did you mean test? The words are reproduce, test, bench, lab, book"),
+        ("tset", "unknown word 'tset': did you mean test? The words are reproduce, test, bench, lab"),
         ("xyz", "unknown word 'xyz'. The words are"),
         ("smoke", "unknown word 'smoke': did you mean --profile smoke?"),
         ("clean --dry-run", "clean takes no option"),
@@ -106,6 +106,7 @@ def test_clean_removes_what_runs_make_and_keeps_data_and_figures(house):
         "runs/pool-0/x",
         "figures/cpu/notebooks/02.ipynb",
         "book/index.html",
+        "student/notebooks/02.ipynb",
         ".ruff_cache/a",
     )
     for name in (*kept, *made):
