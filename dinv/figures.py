@@ -184,7 +184,7 @@ def answers(image: Tensor, says: Mapping[str, Mapping[str, float]], title: str =
     figure, axes = plt.subplot_mosaic(rows, figsize=(WIDTH, 0.5 + max(2, 0.95 * len(rows))))
     axes["image"].imshow(tile(image[None], 1), interpolation="nearest")
     axes["image"].set_title(textwrap.fill(title, 36), fontsize=9)
-    _name_cells(axes["image"])
+    axes["image"].set_axis_off()
     for name, (color, _, _) in styles(says).items():
         axis, shares = axes[name], list(says[name].values())
         bars = axis.barh(list(map(str, says[name])), shares, color=color)

@@ -192,10 +192,13 @@ def batchnorm_viewer(model: Classifier, kinds: Mapping[str, Tensor]) -> Panel:
             for kind, images in kinds.items():
                 model(to_float(images, model.mean.device))
                 inputs[kind] = features[name][:, channel].float().flatten().cpu()
-        title = "Grey: the running mean, and one standard deviation either way"
+        title, color = (
+            "Shaded: the running mean, one standard deviation either way",
+            figures.STYLES["teacher"][0],
+        )
         figure = figures.histograms(inputs, f"input of {name}, channel {channel}", title)
-        figure.axes[0].axvspan(mean - deviation, mean + deviation, color=figures.GREY, alpha=0.25, lw=0)
-        figure.axes[0].axvline(mean, color=figures.GREY, lw=1.2)
+        figure.axes[0].axvspan(mean - deviation, mean + deviation, color=color, alpha=0.3, lw=0)
+        figure.axes[0].axvline(mean, color=color, lw=1.6)
         words = [f"{figures.label(k)} {x.mean():.2f} ± {x.std(correction=0):.2f}" for k, x in inputs.items()]
         return figures.png(figure), f"Kept {mean:.2f} ± {deviation:.2f}; {'; '.join(words)}."
 
