@@ -237,8 +237,9 @@ const { chromium } = require('playwright-core');
   const page = await (await browser.newContext({ viewport: { width: 1200, height: 3000 } })).newPage();
   const errors = [];
   page.on('pageerror', error => errors.push(String(error)));
-  page.on('console', line => {  // that a host of JupyterLab's own is out of reach is nothing of ours
-    if (line.type() == 'error' && !line.text().startsWith('Failed to load resource')) errors.push(line.text());
+  page.on('console', line => { // that a host of JupyterLab's own is out of reach is nothing of ours
+    const text = line.text();
+    if (line.type() == 'error' && !text.startsWith('Failed to load resource')) errors.push(text);
   });
   await page.goto(address);
   await page.waitForSelector('.jp-Notebook .jp-Cell', { timeout: 240000 });
