@@ -24,6 +24,7 @@ from sphinx.cmd.build import main as sphinx
 import dinv
 from dinv.reproduce import ROOT, notebooks
 
+FOLDERS = ("book_source", "benchmarks", "course")  # of pages beside those at the top
 WIDGET, STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
 SCRUBBER = """<div class="scrubber"><label>{name} <input type="range" min="0" max="{last}" value="{last}"
 oninput="const box = this.closest('.scrubber'); box.querySelectorAll('img').forEach((image, index) =>
@@ -47,18 +48,21 @@ def lay_out(source: Path) -> None:
     """All that the site is made of, into the new folder `source`."""
     shutil.copytree(ROOT / "book_source", source, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "figures", source / "figures", ignore=shutil.ignore_patterns("notebooks"))
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), ROOT / "LICENSE", ROOT / "CITATION.cff"):
-        copied = source / path.relative_to(ROOT)
+    pages = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))]
+    for path in (*pages, ROOT / "LICENSE", ROOT / "CITATION.cff"):
+        inside = path.relative_to(ROOT)
+        top = inside.parts[0] == "book_source"  # these lie at the top here
+        copied = source / (inside.name if top else inside)
         copied.parent.mkdir(exist_ok=True)
-        text = path.read_text(encoding="utf-8").replace("](book_source/", "](")
+        text = re.sub(r"\]\(((?:\.\./)?)book_source/", r"](\1", path.read_text(encoding="utf-8"))
+        text = text.replace("](../", "](") if top else text
         # A link to a source file leads to the page of that module.
         text = re.sub(r"\]\(dinv/([\w/]+)\.py\)", lambda link: f"](api/{link[1].replace('/', '.')}.md)", text)
         copied.write_text(text, encoding="utf-8")
-    # The README is cut in two: its opening is the first page, the rest a page of its own.
-    opening, _, rest = (source / "README.md").read_text(encoding="utf-8").partition("\n## ")
-    index = source / "index.md"
+    index = source / "index.md"  # the README and the table of contents
+    opening = (source / "README.md").read_text(encoding="utf-8")
     index.write_text(index.read_text(encoding="utf-8").replace("{{opening}}", opening), encoding="utf-8")
-    (source / "README.md").write_text(f"# Scale, results and how to run it\n\n## {rest}", encoding="utf-8")
+    (source / "README.md").unlink()
     (source / "notebooks").mkdir()
     for path in notebooks():
         nbformat.write(readable(nbformat.read(path, as_version=4)), source / "notebooks" / path.name)

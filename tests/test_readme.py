@@ -4,22 +4,38 @@ import re
 import shlex
 
 import pandas as pd
+import pytest
 
 from dinv.experiments import table1
 from dinv.experiments.profiles import load_profile
-from dinv.experiments.results import LEDGER_STATUSES, ledger_page, read_rows, results_page, with_deviation
-from dinv.figures import label
+from dinv.experiments.results import LEDGER_STATUSES, ledger_page, read_rows, results_page
 from dinv.files import repository_root
 from dinv.reproduce import parse
 
 TEXT = (repository_root() / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_code_of_the_readme_runs_and_prints_what_it_says(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+# Row of the README's findings -> what each number of its second column is: chapter, table, row, column.
+SAME, TINY, HALF = "resnet_small->resnet_small", "resnet_small->resnet_tiny", "-50 % filters"
+FINDINGS = {
+    "One term": [("02", "octaves", name, "verifier") for name in ("DeepDream", "DeepInversion")],
+    "A student": [("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")],
+    "Competition": [("04", "steps", "ADI above DeepInversion", pair) for pair in (SAME, TINY)],
+    "A pruned": [("05", "table4", name, HALF) for name in ("no fine-tuning", "DeepInversion", "all real")],
+    "Old classes": [
+        ("06", table, name, "mean")
+        for table in ("table7", "alike")
+        for name in ("no images", "DeepInversion")
+    ],
+}
+
+
+def test_the_code_of_the_readme_and_of_the_library_page_runs_and_prints_what_it_says(capsys):
+    library = (repository_root() / "book_source" / "library.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", TEXT + library, re.DOTALL)
     names: dict = {}
     for block in blocks:
-        if "my_net" not in block:  # the reader's own network
+        if "my_classes" not in block:  # the reader's own
             exec(compile(block, "README.md", "exec"), names)
     says = re.compile(r"teacher (\d+) %, verifier (\d+) %")
     printed, promised = says.search(capsys.readouterr().out), says.search(blocks[0])
@@ -28,26 +44,45 @@ def test_the_code_of_the_readme_runs_and_prints_what_it_says(capsys):
     )  # other roundings elsewhere
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_results_and_profiles():
-    rows, same = read_rows(repository_root() / "figures" / "cpu"), "resnet_small->resnet_small"
-    cells = rows[(rows.table == "table1") & (rows.column.map(label) == label(same))].set_index("row").value
-    for name in ("DeepInversion", "ADI", "teacher"):
-        assert f"{float(cells[name]):.1f} %" in TEXT, name
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_a_finding_has_the_numbers_of_the_results_and_no_other(finding):
+    rows = read_rows(repository_root() / "figures" / "cpu").astype(str)
+    rows["chapter"] = rows.chapter.str[:2]
+    values = rows.set_index(["chapter", "table", "row", "column"]).value
+    (line,) = (line for line in TEXT.splitlines() if line.startswith(f"| **{finding}"))
+    told = re.findall(r"(\d+(?:\.\d)?)(?= %| points| into)", line.split("|")[2])
+    expected = [float(values[key]) for key in FINDINGS[finding]]
+    assert told == [
+        f"{value:.{len(number.partition('.')[2])}f}" for number, value in zip(told, expected, strict=True)
+    ]
+
+
+def test_the_scale_that_the_readme_tells_is_that_of_results_and_profiles():
     card = read_rows(repository_root() / "figures" / "gpu")
     card = card[card.table == "table1"].set_index(["row", "column"]).value
     for pair in load_profile("gpu").distillation.pairs[:2]:
         for name in ("DeepInversion", "ADI", "teacher"):
             assert f"{float(card[name, pair]):.1f} %" in TEXT, (name, pair)
-    shown = {with_deviation(value, sd) for value, sd in zip(rows.value, rows.sd, strict=True)}
-    assert {f"{mean} ± {sd}" for mean, sd in re.findall(r"([-\d.]+) ± ([\d.]*\d)", TEXT)} <= shown
     paper, gpu, cpu = (load_profile(name) for name in ("paper", "gpu", "cpu"))
     for profile in (paper, gpu, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates
-        for number in (table1.image_count(profile), updates):
-            assert f"| {number:,}" in TEXT, number
-    steps, on_card = (sum(n for n, _ in each.distillation.inversion.stages) for each in (cpu, gpu))
-    assert f"| {on_card}, nearly half of them" in TEXT
-    assert f"| {paper.inversion.steps:,}" in TEXT and f"| {steps}, two thirds of them" in TEXT
+        assert f"{table1.image_count(profile):,} images" in TEXT and f"{updates:,} updates" in TEXT
+    steps = sum(n for n, _ in cpu.distillation.inversion.stages)
+    assert f"{steps} iterations (two thirds of them at 8 and 16 pixels)" in TEXT
+    assert f"{paper.inversion.steps:,} iterations" in TEXT
+
+
+@pytest.mark.parametrize("page", ["README.md", "book_source/running.md", "CONTRIBUTING.md"])
+def test_a_command_has_words_and_options_that_exist(page):
+    text = (repository_root() / page).read_text(encoding="utf-8")
+    commands = re.findall(r"\./reproduce\.sh([^`\n#]*)", text)
+    assert commands
+    script = (repository_root() / "reproduce.sh").read_text(encoding="utf-8")
+    known = re.search(r' words="(.*?)"', script)[1].split()
+    for command in commands:
+        words = shlex.split(command.replace("DIR", ".").replace("...", "").replace("NN", "04"))
+        if not words or words[0] not in known:
+            parse(words)
 
 
 def test_the_page_of_results_is_that_of_the_files():
