@@ -86,7 +86,7 @@ def readable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def scrubber(state: dict, model: str) -> str:
-    """The slider over pictures of `figures.scrubber` as HTML; "" of any other widget, whose text is shown."""
+    """The slider over pictures of `widgets.scrubber` as HTML; "" of any other, shown as a picture."""
     children = [state[name[10:]] for name in state.get(model, {}).get("state", {}).get("children", ())]
     if [child["model_name"] for child in children] != ["SelectionSliderModel", "StackModel"]:
         return ""

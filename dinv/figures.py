@@ -15,7 +15,6 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -142,17 +141,6 @@ def emerging(columns: int = 4) -> Callable:
     return callback
 
 
-def scrubber(strips: Mapping[str, Tensor], steps: Sequence[int], columns: int) -> widgets.VBox:
-    """A slider over snapshots, method -> (S, N, C, H, W), which works without a kernel, too."""
-    grids = [{name: strip[index] for name, strip in strips.items()} for index in range(len(steps))]
-    pictures = [widgets.Image(value=jpeg(png(image_grids(grid, columns))), format="jpeg") for grid in grids]
-    stack = widgets.Stack(pictures, selected_index=len(steps) - 1, layout={"max_width": "660px"})
-    options = {"options": [(str(s), i) for i, s in enumerate(steps)], "description": "iteration"}
-    slider = widgets.SelectionSlider(index=len(steps) - 1, **options)
-    widgets.jslink((slider, "index"), (stack, "selected_index"))
-    return widgets.VBox([slider, stack])
-
-
 def curve(x: Sequence[float], lines: Mapping[str, Any], xlabel: str, ylabel: str, **options) -> Figure:
     """`curves` over one x axis."""
     return curves({name: (x, values) for name, values in lines.items()}, xlabel, ylabel, **options)
@@ -192,6 +180,25 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[str], Tensor]], title: str =
         _draw(axis, {m: (range(1, len(v) + 1), v) for m, v in lines.items()}, looks)
         axis.set(title=term, yscale="log" if 0 < 20 * values.min() < values.max() else "linear")
     return _finish(figure, title, looks, labels=("iteration", "unweighted value"))
+
+
+def answers(image: Tensor, says: Mapping[str, Mapping[str, float]], title: str = "") -> Figure:
+    """One image (C, H, W), enlarged, and bars: network -> class -> percent, the surest class first."""
+    rows = [["image", name] for name in says]
+    figure, axes = plt.subplot_mosaic(rows, figsize=(WIDTH, 0.5 + max(2, 0.95 * len(rows))))
+    axes["image"].imshow(tile(image[None], 1), interpolation="nearest")
+    axes["image"].set_title(textwrap.fill(title, 36), fontsize=9)
+    axes["image"].set_axis_off()
+    for name, (color, _, _) in styles(says).items():
+        axis, shares = axes[name], list(says[name].values())
+        bars = axis.barh(list(map(str, says[name])), shares, color=color)
+        axis.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2, fontsize=8)
+        axis.set(xlim=(0, 118), xticks=range(0, 101, 25))
+        axis.set_title(label(name), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.invert_yaxis()
+    axes[rows[-1][1]].set_xlabel("probability, %")
+    return _finish(figure, "", {})
 
 
 def progress(histories: Mapping[str, Sequence[tuple]], xlabel: str = "round", title: str = "") -> Figure:

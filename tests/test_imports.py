@@ -15,7 +15,7 @@ FLOORS = (  # a room imports rooms of lower floors only; a folder that is named 
     "objectives training",
     "continual metrics pruning step",
     "inversion",
-    "pool",
+    "pool widgets",
     "distillation",
     "generator",
     "experiments.device experiments.overrides experiments.paper",
