@@ -67,6 +67,10 @@ def test_the_scale_that_the_readme_tells_is_that_of_results_and_profiles():
     for profile in (paper, gpu, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates
         assert f"{table1.image_count(profile):,} images" in TEXT and f"{updates:,} updates" in TEXT
+    rows = read_rows(repository_root() / "figures" / "cpu")
+    cells = rows[(rows.table == "table1") & (rows.column == SAME)].set_index("row").value
+    few, inverted = float(cells["1 % real"]), float(cells["DeepInversion"])
+    assert f"({few:.1f} % against {inverted:.1f} %)" in TEXT and few > inverted
     steps = sum(n for n, _ in cpu.distillation.inversion.stages)
     assert f"{steps} iterations (two thirds of them at 8 and 16 pixels)" in TEXT
     assert f"{paper.inversion.steps:,} iterations" in TEXT
