@@ -15,6 +15,9 @@ from torch import nn
 from dinv.experiments.profiles import load_profile
 from dinv.models import Classifier
 
+# Equations are compared to many digits, on every machine; test_precision asks for bfloat16 itself.
+os.environ.setdefault("DINV_PRECISION", "float32")
+
 
 def _tiny(
     seed: int = 0,
@@ -203,7 +206,7 @@ def killed(tmp_path_factory) -> dict[str, list[Path]]:
     """
     folder, here = tmp_path_factory.mktemp("killed"), Path(__file__).parent
     script = _KILLED.format(path=[str(here), str(here.parent)], cache=str(folder / "cache"))
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("DINV_")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("DINV_") or k == "DINV_PRECISION"}
     clean["DINV_FIGURES"] = str(folder / "figures")
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean)
     assert "killed nine times" in run.stdout, run.stderr

@@ -86,6 +86,8 @@ def test_the_drivers_version(monkeypatch, tmp_path, file, told, version):
 
 
 def test_a_chapter_keeps_to_its_profile(card, monkeypatch, capsys):
+    monkeypatch.delenv("DINV_PRECISION", raising=False)
+    monkeypatch.setattr("dinv.precision.supported", lambda place: place.type == "cuda")
     assert (device.device().type, device.device_name(), device.precision()) == ("cuda", "H100", "bfloat16")
     start("x", "cpu")
     assert (device.device().type, device.precision()) == ("cpu", "float32") and device.device_name() != "H100"

@@ -165,5 +165,5 @@ def test_a_notebook_shows_profile_settings_figures_and_source(apart, capsys):
     assert table.index[0] == "seeds" and all(name.startswith("inversion.") for name in table.index[1:])
     run = start("x", "smoke")
     image = show(run, "name", curve([1, 2], {"a": [3, 4]}, "x", "y"), alt="two points")
-    assert (run.folder / "name.png").read_bytes()[:4] == b"\x89PNG" and image.alt == "two points"
+    assert (run.folder / "name.png").read_bytes()[:4] == b"\x89PNG" and image.alt.startswith("two points. ")
     assert "def stage_seed" in source(stages.stage_seed, stages.network).data
