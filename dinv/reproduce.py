@@ -199,6 +199,7 @@ def steps(word: str, words: Sequence[str], scratch: str) -> dict[str, list[str]]
     if word == "book":
         return {"book": ["book_source/build.py", "book"]}
     os.environ |= {"DINV_CACHE": f"{scratch}/runs", "DINV_FIGURES": f"{scratch}/figures"}
+    os.environ.setdefault("DINV_PRECISION", "float32")  # outputs are compared, on every machine
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800"]
     nbval += ["--ignore=notebooks/solutions", "notebooks"]  # solutions run where their cards are
