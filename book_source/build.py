@@ -47,7 +47,7 @@ def build(folder: Path, *options: str) -> int:
 
 def lay_out(source: Path) -> None:
     """All that the site is made of, into the new folder `source`."""
-    shutil.copytree(ROOT / "book_source", source, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "book_source", source, ignore=shutil.ignore_patterns("__pycache__", "*.md"))
     shutil.copytree(ROOT / "figures", source / "figures", ignore=shutil.ignore_patterns("notebooks"))
     pages = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))]
     for path in (*pages, ROOT / "LICENSE", ROOT / "CITATION.cff"):

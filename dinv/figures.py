@@ -304,6 +304,12 @@ def jpeg(data: bytes, quality: int = 88) -> bytes:
     return buffer.getvalue()
 
 
+def smaller(data: bytes) -> tuple[bytes, str]:
+    """A PNG as it is or as JPEG, whichever has fewer bytes, and which it is: grain as JPEG, lines as PNG."""
+    photograph = jpeg(data)
+    return (photograph, "jpeg") if len(photograph) < len(data) else (data, "png")
+
+
 def _panels(count: int, columns: int, height: float, **share) -> tuple[Figure, list[plt.Axes]]:
     rows, columns = -(-count // columns), min(columns, count)
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows + 0.5), squeeze=False, **share)

@@ -192,10 +192,7 @@ def batchnorm_viewer(model: Classifier, kinds: Mapping[str, Tensor]) -> Panel:
             for kind, images in kinds.items():
                 model(to_float(images, model.mean.device))
                 inputs[kind] = features[name][:, channel].float().flatten().cpu()
-        title, color = (
-            "Shaded: the running mean, one standard deviation either way",
-            figures.STYLES["teacher"][0],
-        )
+        title, color = "Shaded: the running mean, one deviation either way", figures.STYLES["teacher"][0]
         figure = figures.histograms(inputs, f"input of {name}, channel {channel}", title)
         figure.axes[0].axvspan(mean - deviation, mean + deviation, color=color, alpha=0.3, lw=0)
         figure.axes[0].axvline(mean, color=color, lw=1.6)
@@ -253,10 +250,8 @@ def _live(controls: Mapping[str, Any], draw: Callable, alt: str, button: str = "
 
     def show() -> None:
         data, text = draw(**{name: control.value for name, control in controls.items()})
-        small = figures.jpeg(data)  # grain as JPEG, lines as PNG
         with picture.hold_sync():
-            picture.format = "jpeg" if len(small) < len(data) else "png"
-            picture.value = min(data, small, key=len)
+            picture.value, picture.format = figures.smaller(data)
         panel.caption.value = html.escape(text)
 
     def update(_: Any) -> None:

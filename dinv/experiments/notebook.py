@@ -53,7 +53,7 @@ def show(run: Run, name: str, figure: Figure, alt: str = "") -> Image:
     """
     text, data = figures.describe(figure, alt), figures.png(figure)
     (run.folder / f"{name}.png").write_bytes(data)
-    return Image(data=min(data, figures.jpeg(data), key=len), alt=text)
+    return Image(data=figures.smaller(data)[0], alt=text)
 
 
 def source(*objects: Any) -> Code:
