@@ -167,7 +167,7 @@ def test_a_file_where_a_folder_should_be(apart, monkeypatch):
 
 def test_provenance_is_short_and_the_ledger_goes_to_the_cache(apart, ledger):
     run = new_run(**{"inversion.steps": 7})
-    ledger.append({"kind": "pool", "seconds": 100.0, "cached": True})
+    ledger.append({"kind": "pool", "seconds": 100.0, "cached": True, "folder": "pool-1"})
     assert cache.ledger is ledger
     run.finish()
     entry = json.loads((run.folder / "provenance.json").read_text())["02_example"]
@@ -182,6 +182,15 @@ def test_provenance_is_short_and_the_ledger_goes_to_the_cache(apart, ledger):
     assert 50 < entry["peak_memory_mb"] < 100_000 and len(json.dumps(entry)) < 1000
     kept = json.loads((apart / "runs" / "chapters" / "smoke-02_example.json").read_text())
     assert kept == {"seconds": entry["seconds"], "stages": ledger}
+
+
+def test_a_stage_that_is_asked_for_twice_counts_once(apart, ledger):
+    run, stage = new_run(), {"kind": "pool", "seconds": 100.0}
+    ledger += [stage | {"cached": True, "folder": "pool-found"}] * 3
+    ledger += [stage | {"cached": cached, "folder": "pool-made"} for cached in (False, True, True)]
+    run.finish()  # what was made has been waited for: the clock has it
+    entry = json.loads((run.folder / "provenance.json").read_text())["02_example"]
+    assert 100 <= entry["seconds"] < 200
 
 
 def test_the_commit_is_none_outside_a_checkout(apart, monkeypatch):
