@@ -243,7 +243,7 @@ const { chromium } = require('playwright-core');
   });
   await page.goto(address);
   await page.waitForSelector('.jp-Notebook .jp-Cell', { timeout: 240000 });
-  await page.waitForSelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', { timeout: 240000 });
+  await page.getByText('| Idle').waitFor({ timeout: 240000 }); // the kernel's name stands before it
   await page.getByRole('menuitem', { name: 'Run', exact: true }).click();
   await page.getByText('Run All Cells', { exact: true }).click();
   const panels = page.locator('.jp-OutputArea-output .widget-vbox:has(img)');
@@ -291,12 +291,12 @@ def test_the_widgets_work_in_jupyterlab_in_a_browser(tmp_path):
     (tmp_path / "drive.js").write_text(DRIVER, encoding="utf-8")
     sources = [NOTEBOOK.format(tests=os.path.dirname(__file__)), *CELLS]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources)))
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "dinv", "language": "python"}
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
     nbformat.write(notebook, tmp_path / "notebooks" / "panels.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "dinv.reproduce", "lab", "--", "--no-browser", f"--port={port}"]
+    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", f"--port={port}"]
     command += [f"--ServerApp.root_dir={tmp_path / 'notebooks'}", "--IdentityProvider.token=secret"]
     folders = {"HOME": tmp_path, "JUPYTER_RUNTIME_DIR": tmp_path / "runtime", "PYTHONPATH": reproduce.ROOT}
     variables = os.environ | {name: str(path) for name, path in folders.items()}
