@@ -10,7 +10,7 @@ import shutil
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -73,7 +73,7 @@ class Compiled:
         leaves = [leaf for leaf in (*inputs, *self.network.parameters()) if leaf.requires_grad]
         try:
             devices = [x.device for x in inputs[:1] if x.is_cuda]
-            with torch.random.fork_rng(devices), unchanged_buffers(self.network):
+            with torch.random.fork_rng(devices), unchanged(self.network.buffers()):
                 outputs = self._compiled(*inputs)
                 outputs = [outputs] if isinstance(outputs, Tensor) else outputs
                 outputs = [output for output in outputs if output.requires_grad]
@@ -97,11 +97,13 @@ class Recorded:
     recorded is called as it is from then on, after a warning.
 
     Args:
-        network: its buffers are as before after the warm-up that a recording needs.
+        kept: the tensors that the function changes. The warm-up that a recording needs leaves them as before.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor | None, ...]], network: nn.Module) -> None:
-        self.function, self.network, self.on = function, network, True
+    def __init__(
+        self, function: Callable[..., tuple[Tensor | None, ...]], kept: Callable[[], Iterable[Tensor]]
+    ) -> None:
+        self.function, self.kept, self.on = function, kept, True
         self._recordings: dict[tuple[torch.Size, ...], tuple] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,8 +120,7 @@ class Recorded:
                 self.on = False
                 return results
         own, graph, outputs = self._recordings[shapes]
-        for place, given in zip(own, inputs, strict=True):
-            place.copy_(given)
+        torch._foreach_copy_(own, inputs)  # one launch for all of a type
         graph.replay()
         return outputs
 
@@ -127,7 +128,7 @@ class Recorded:
         own, graph = [tensor.detach().clone() for tensor in inputs], torch.cuda.CUDAGraph()
         side, now = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(now)
-        with torch.cuda.stream(side), unchanged_buffers(self.network):
+        with torch.cuda.stream(side), unchanged(self.kept()):
             for _ in range(2):  # libraries prepare themselves at the first call, and must not while recording
                 self.function(*own)
         now.wait_stream(side)
@@ -137,15 +138,15 @@ class Recorded:
 
 
 @contextmanager
-def unchanged_buffers(network: nn.Module) -> Iterator[None]:
-    """While open, the buffers of `network` may change; afterwards they are as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """While open, these tensors may change; afterwards they are as they were."""
+    pairs = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for tensor, before in pairs:
+                tensor.copy_(before)
 
 
 def _compile(method: MethodType) -> Any:

@@ -7,8 +7,12 @@ A step's length is a share of the bank's own, so nothing depends on the gradient
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from dinv.compiling import Recorded
 
 
 def orthogonalized(matrix: Tensor, iterations: int = 3) -> Tensor:
@@ -35,22 +39,42 @@ class Muon(torch.optim.SGD):
     momentum = 0.6  # Jordan's for convolutions
     longest = 1e10  # BatchNorm hides a bank's length, so it grows; the squares of its outputs have to fit
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._recordings: dict[tuple[int, ...], Recorded] = {}  # by the banks that have a gradient
+
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for parameter in group["params"] if "share" in group else ():
-                if parameter.grad is not None:
-                    self._move(parameter, group["lr"] * group["share"])
-                    parameter.grad = None  # nothing is left for SGD to do
+            banks = [p for p in group["params"] if "share" in group and p.grad is not None]
+            if banks:
+                length = banks[0].new_full((), group["lr"] * group["share"])
+                self._moves(banks)(length, *(bank.grad for bank in banks))
+            for bank in banks:
+                bank.grad = None  # nothing is left for SGD to do
         super().step()
 
-    def _move(self, parameter: Tensor, length: float) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        average = state["momentum_buffer"].mul_(self.momentum).add_(gradient)
+    def _moves(self, banks: list[Tensor]) -> Recorded:
+        """Moves these banks by (length, *gradients): some thirty kernels for each, so a card records it."""
+        key = tuple(map(id, banks))
+        if key not in self._recordings:
+            for bank in banks:
+                if "momentum_buffer" not in self.state[bank]:
+                    self.state[bank]["momentum_buffer"] = torch.zeros_like(bank)
+            averages = [self.state[bank]["momentum_buffer"] for bank in banks]
+
+            def move(length: Tensor, *gradients: Tensor) -> tuple[()]:
+                for bank, average, gradient in zip(banks, averages, gradients, strict=True):
+                    self._move(bank, average, gradient, length)
+                return ()
+
+            self._recordings[key] = Recorded(move, lambda: [*banks, *averages])
+        return self._recordings[key]
+
+    def _move(self, bank: Tensor, average: Tensor, gradient: Tensor, length: Tensor) -> None:
+        average.mul_(self.momentum).add_(gradient)
         ahead = gradient.add(average, alpha=self.momentum)
         direction = orthogonalized(ahead.reshape(len(ahead), -1)).view(ahead.shape)
         norm = direction.norm().clamp(min=1e-12)
-        parameter.sub_(direction * (length * parameter.norm() / norm))
-        parameter.mul_((self.longest / parameter.norm()).clamp(max=1))
+        bank.sub_(direction * (length * bank.norm() / norm))
+        bank.mul_((self.longest / bank.norm()).clamp(max=1))

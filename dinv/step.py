@@ -53,7 +53,7 @@ class Step:
         self._copies = [(self.teacher, teacher), *students]
         self.precision = choose(precision, teacher.mean.device, *(own for own, _ in self._copies))
         self._terms = Compiled(self._forward, self.teacher, compiled)
-        self._recorded, self.group = Recorded(self._descent, self.teacher), group
+        self._recorded, self.group = Recorded(self._descent, self.teacher.buffers), group
         self._recorded.on = group is None
 
     @property

@@ -98,7 +98,7 @@ class GradientStep:
         self, forward: Callable[..., tuple[Tensor, ...]], model: nn.Module, record: bool = True
     ) -> None:
         self.forward, self.parameters = forward, [p for p in model.parameters() if p.requires_grad]
-        self._recorded = Recorded(self._run, model)
+        self._recorded = Recorded(self._run, model.buffers)
         self._recorded.on = record
 
     def _run(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from dinv.inversion import InversionSettings, balanced_labels, invert
 from dinv.models import create_model
 from dinv.objectives import Competition, CrossEntropy, FeatureStatistics, TotalVariation
 from dinv.step import Step
-from dinv.training import Updates, UpdateSettings
+from dinv.training import Updates, UpdateSettings, optimizer_for
 
 CUDA = torch.device("cuda")
 LABELS = balanced_labels(20, 5)
@@ -31,7 +31,7 @@ class FakeCard:
 
 def test_what_cannot_be_recorded_is_called_as_it_is(monkeypatch):
     calls = []
-    recorded = Recorded(lambda x: (calls.append(x),), nn.Identity())
+    recorded = Recorded(lambda x: (calls.append(x),), list)
     monkeypatch.setattr(recorded, "_record", lambda inputs: 1 / 0)
     with pytest.warns(RuntimeWarning, match="going on without a CUDA graph: division by zero"):
         recorded(FakeCard())
@@ -40,7 +40,7 @@ def test_what_cannot_be_recorded_is_called_as_it_is(monkeypatch):
 
 
 def test_what_fails_without_recording_fails_as_it_is():
-    recorded = Recorded(lambda x: x.nothing, nn.Identity())
+    recorded = Recorded(lambda x: x.nothing, list)
     with pytest.raises(AttributeError, match="nothing"):
         recorded(FakeCard())
 
@@ -83,6 +83,25 @@ class TestOnACard:
             assert all(torch.equal(one, other) for one, other in pairs)
         assert recorded._recorded.on and recorded._recorded._recordings
 
+    def test_a_recorded_update_of_muon_is_the_plain_one(self, monkeypatch):
+        weights = []
+        for plain in (False, True):
+            if plain:
+                monkeypatch.setattr("dinv.muon.Recorded", lambda function, kept: function)
+            model = create_model("resnet_tiny", seed=1).to(CUDA).to(memory_format=torch.channels_last)
+            optimizer = optimizer_for(model, UpdateSettings(muon=0.2))
+            for update in range(4):
+                for parameter in model.parameters():
+                    draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(update))
+                    parameter.grad = draw.to(CUDA)
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.05 * (update + 1)
+                optimizer.step()
+            (moves,) = optimizer._recordings.values()
+            assert plain or (moves.on and moves._recordings)
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert torch.allclose(*weights, rtol=1e-6, atol=0)
+
     def test_a_network_that_asks_the_card_for_a_number_goes_on_without(self, tiny):
         class Asking(nn.Module):
             def forward(self, x):
@@ -121,7 +140,7 @@ class TestOnACard:
         generator, pool = torch.Generator().manual_seed(0), torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
         pool, labels, pixels = pool.to(CUDA), LABELS.to(CUDA), torch.randn(20, 3, 32, 32).to(CUDA)
         step = DistillStep(teacher, student, compile="never")
-        loop = Updates(step.student.train(), UpdateSettings(), 20, 20, generator)
+        loop = Updates(step.student.train(), UpdateSettings(muon=0.2), 20, 20, generator)
         descent = Step(teacher, OBJECTIVE, False)
         weights = torch.tensor(descent.weights, device=CUDA)
 

@@ -46,13 +46,15 @@ GPU = replace(
     octaves=Octaves(inversion=replace(Octaves.inversion, steps=1000)),
     sweep=Sweep(images=1024, without_batchnorm=1024),
     distillation=Distillation(
-        start_images=3840, settings=DistillationSettings(rounds=10, updates=150, mixup=True, compile="never"),
+        start_images=7680,
+        settings=DistillationSettings(  # as on cpu, and longer
+            rounds=12, updates=275, lr=0.2, muon=0.2, mixup=True, compile="never"),
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="never",
                                     stages=((50, 8), (50, 16), (120, 32))),  # as on cpu
-        tv=0.03, alpha_c=1.0, eval_every=1),
+        tv=0.03, alpha_c=5.0, eval_every=1),  # 5: see "what competition does" in notebook 04
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=64, flip=False, compile="never"),
-        distillation=DistillationSettings(rounds=100, updates=20, compile="never"),
+        distillation=DistillationSettings(rounds=220, updates=20, lr=0.2, muon=0.2, compile="never"),
         warmup=20, eval_every=5, pixel_batches=5),
     pruning=Pruning(
         images=2048, settings=PruningSettings(step=0.02, multiple=8),

@@ -155,6 +155,7 @@ class Run:
             command_line(self.chapter, self.profile),
         )
         place = (table, row, metric) if table == "claims" else (table, row, column, metric)
+        self._rows.pop(place, None)  # so that a table told once more has its own order
         self._rows[place] = dict(zip(COLUMNS.split(","), entry, strict=True))
         return self._rows[place]
 
