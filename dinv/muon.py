@@ -58,10 +58,8 @@ class Muon(torch.optim.SGD):
         """Moves these banks by (length, *gradients): some thirty kernels for each, so a card records it."""
         key = tuple(map(id, banks))
         if key not in self._recordings:
-            for bank in banks:
-                if "momentum_buffer" not in self.state[bank]:
-                    self.state[bank]["momentum_buffer"] = torch.zeros_like(bank)
-            averages = [self.state[bank]["momentum_buffer"] for bank in banks]
+            name = "momentum_buffer"  # from a checkpoint, where there is one
+            averages = [self.state[bank].setdefault(name, torch.zeros_like(bank)) for bank in banks]
 
             def move(length: Tensor, *gradients: Tensor) -> tuple[()]:
                 for bank, average, gradient in zip(banks, averages, gradients, strict=True):

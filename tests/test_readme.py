@@ -17,9 +17,14 @@ TEXT = (repository_root() / "README.md").read_text(encoding="utf-8")
 
 # Row of the README's findings -> what each number of its second column is: chapter, table, row, column.
 SAME, TINY, HALF = "resnet_small->resnet_small", "resnet_small->resnet_tiny", "-50 % filters"
+CARD = "cifar_resnet34->cifar_resnet18"
 FINDINGS = {
     "One term": [("02", "octaves", name, "verifier") for name in ("DeepDream", "DeepInversion")],
-    "A student": [("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")],
+    "A student": [
+        *(("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")),
+        *(("04", "table1", name, CARD) for name in ("DeepDream", "DeepInversion")),
+        ("00", "networks", "teacher, cifar_resnet34", "top-1 %"),
+    ],
     "Competition": [("04", "steps", "ADI above DeepInversion", pair) for pair in (SAME, TINY)],
     "A pruned": [("05", "table4", name, HALF) for name in ("no fine-tuning", "DeepInversion", "all real")],
     "Old classes": [
@@ -46,9 +51,9 @@ def test_the_code_of_the_readme_and_of_the_library_page_runs_and_prints_what_it_
 
 @pytest.mark.parametrize("finding", FINDINGS)
 def test_a_finding_has_the_numbers_of_the_results_and_no_other(finding):
-    rows = read_rows(repository_root() / "figures" / "cpu").astype(str)
-    rows["chapter"] = rows.chapter.str[:2]
-    values = rows.set_index(["chapter", "table", "row", "column"]).value
+    rows = pd.concat([read_rows(repository_root() / "figures" / profile) for profile in ("gpu", "cpu")])
+    keys = zip(rows.chapter.str[:2], rows.table, rows.row, rows.column, strict=True)
+    values = dict(zip(keys, rows.value, strict=True))
     (line,) = (line for line in TEXT.splitlines() if line.startswith(f"| **{finding}"))
     told = re.findall(r"(\d+(?:\.\d)?)(?= %| points| into)", line.split("|")[2])
     expected = [float(values[key]) for key in FINDINGS[finding]]
@@ -59,10 +64,15 @@ def test_a_finding_has_the_numbers_of_the_results_and_no_other(finding):
 
 def test_the_scale_that_the_readme_tells_is_that_of_results_and_profiles():
     card = read_rows(repository_root() / "figures" / "gpu")
-    card = card[card.table == "table1"].set_index(["row", "column"]).value
+    for row in card[card.table == "networks"].itertuples():  # the teachers
+        assert f"{float(row.value):.1f} %" in TEXT, row
+    card, losses = card[card.table == "table1"].set_index(["row", "column"]).value.astype(float), []
     for pair in load_profile("gpu").distillation.pairs[:2]:
-        for name in ("DeepInversion", "ADI", "teacher"):
-            assert f"{float(card[name, pair]):.1f} %" in TEXT, (name, pair)
+        for name in ("DeepInversion", "ADI"):
+            assert f"{card[name, pair]:.1f} %" in TEXT, (name, pair)
+        losses.append(card["DeepInversion", pair] - card["ADI", pair])
+    assert "they cost {:.1f} and {:.1f} points".format(*losses) in TEXT
+    assert f"{card['all real', CARD]:.1f} % from all real images" in TEXT
     paper, gpu, cpu = (load_profile(name) for name in ("paper", "gpu", "cpu"))
     for profile in (paper, gpu, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates

@@ -41,8 +41,8 @@ def test_a_table_is_shown_as_a_pivot_and_kept_as_rows():
     run.table("table1", {"noise": {"A": 14.0}}, metric="top-1 %")  # the same cell again replaces
     run.finish()
     rows = read_rows(run.folder).to_dict("records")
-    assert len(rows) == 4 and rows[0]["value"] == "14"
-    assert ",".join(rows[2].values()) == (
+    assert len(rows) == 4 and rows[-1]["value"] == "14"  # in the order in which they were told last
+    assert ",".join(rows[1].values()) == (
         "02_example,table1,ADI,A,top-1 %,93.1667,0.208,3,93.1 93.4 93,,"
         "./reproduce.sh --profile smoke --only 02"
     )

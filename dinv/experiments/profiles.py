@@ -46,9 +46,8 @@ GPU = replace(
     octaves=Octaves(inversion=replace(Octaves.inversion, steps=1000)),
     sweep=Sweep(images=1024, without_batchnorm=1024),
     distillation=Distillation(
-        start_images=7680,
-        settings=DistillationSettings(  # as on cpu, and longer
-            rounds=12, updates=275, lr=0.2, muon=0.2, mixup=True, compile="never"),
+        start_images=7680,  # as on cpu, and longer
+        settings=DistillationSettings(rounds=12, updates=275, lr=0.2, muon=0.2, mixup=True, compile="never"),
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="never",
                                     stages=((50, 8), (50, 16), (120, 32))),  # as on cpu
         tv=0.03, alpha_c=5.0, eval_every=1),  # 5: see "what competition does" in notebook 04
