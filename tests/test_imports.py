@@ -8,11 +8,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dinv"
 FLOORS = (  # a room imports rooms of lower floors only; a folder that is named here is one room
-    "checks files figures muon precision pyramid",
+    "checks files figures precision pyramid",
     "exercises group models",
     "preflight",
     "compiling data feature_statistics latency pruning_graph",
-    "objectives training",
+    "muon objectives",
+    "training",
     "continual metrics pruning step",
     "inversion",
     "pool widgets",
