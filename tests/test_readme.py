@@ -55,7 +55,7 @@ def test_a_finding_has_the_numbers_of_the_results_and_no_other(finding):
     keys = zip(rows.chapter.str[:2], rows.table, rows.row, rows.column, strict=True)
     values = dict(zip(keys, rows.value, strict=True))
     (line,) = (line for line in TEXT.splitlines() if line.startswith(f"| **{finding}"))
-    told = re.findall(r"(\d+(?:\.\d)?)(?= %| points| into)", line.split("|")[2])
+    told = re.findall(r"(\d+(?:\.\d+)?)(?= %| points| into)", line.split("|")[2])
     expected = [float(values[key]) for key in FINDINGS[finding]]
     assert told == [
         f"{value:.{len(number.partition('.')[2])}f}" for number, value in zip(told, expected, strict=True)
