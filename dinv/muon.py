@@ -55,7 +55,7 @@ class Muon(torch.optim.SGD):
         super().step()
 
     def _moves(self, banks: list[Tensor]) -> Recorded:
-        """Moves these banks by (length, *gradients): some thirty kernels for each, so a card records it."""
+        """What moves these banks, given (length, *gradients): thirty kernels a bank, so a card records it."""
         key = tuple(map(id, banks))
         if key not in self._recordings:
             name = "momentum_buffer"  # from a checkpoint, where there is one

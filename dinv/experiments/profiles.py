@@ -50,7 +50,7 @@ GPU = replace(
         settings=DistillationSettings(rounds=12, updates=275, lr=0.2, muon=0.2, mixup=True, compile="never"),
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="never",
                                     stages=((50, 8), (50, 16), (120, 32))),  # as on cpu
-        tv=0.03, alpha_c=5.0, eval_every=1),  # 5: see "what competition does" in notebook 04
+        tv=0.03, alpha_c=5.0, eval_every=1),  # 5: see notebook 04, "How strong ..."
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=64, flip=False, compile="never"),
         distillation=DistillationSettings(rounds=220, updates=20, lr=0.2, muon=0.2, compile="never"),
