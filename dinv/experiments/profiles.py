@@ -110,11 +110,12 @@ NIGHT = replace(
     sweep=replace(CPU.sweep, images=1024, batch_sizes=(16, 64, 256), without_batchnorm=512),
     distillation=replace(
         CPU.distillation, start_images=7680, competitions=Distillation.competitions, seeds=3, eval_every=2,
-        settings=replace(CPU.distillation.settings, rounds=22, updates=275),
+        # The more updates, the smaller their steps: at 0.2 a student only learns once the rate has fallen.
+        settings=replace(CPU.distillation.settings, rounds=22, updates=275, lr=0.1, muon=0.05),
         inversion=replace(CPU.distillation.inversion, stages=((60, 8), (60, 16), (60, 32)))),
     generator=replace(
         CPU.generator, compare=80, pixel_batches=10, seeds=3,
-        distillation=replace(CPU.generator.distillation, rounds=360)),
+        distillation=replace(CPU.generator.distillation, rounds=360, lr=0.1, muon=0.05)),
     pruning=replace(
         CPU.pruning, images=1024, settings=PruningSettings(step=0.02), front=Pruning.front, seeds=3,
         distillation=replace(CPU.pruning.distillation, updates=400)),
