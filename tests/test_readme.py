@@ -19,7 +19,11 @@ TEXT = (repository_root() / "README.md").read_text(encoding="utf-8")
 SAME, TINY, HALF = "resnet_small->resnet_small", "resnet_small->resnet_tiny", "-50 % filters"
 CARD = "cifar_resnet34->cifar_resnet18"
 FINDINGS = {
-    "One term": [("02", "octaves", name, "verifier") for name in ("DeepDream", "DeepInversion")],
+    "One term": [
+        ("02", table, name, "verifier")
+        for table in ("octaves", "figure 3")
+        for name in ("DeepDream", "DeepInversion")
+    ],
     "A student": [
         *(("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")),
         *(("04", "table1", name, CARD) for name in ("DeepDream", "DeepInversion")),
