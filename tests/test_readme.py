@@ -15,7 +15,8 @@ from dinv.reproduce import parse
 TEXT = (repository_root() / "README.md").read_text(encoding="utf-8")
 
 
-# Row of the README's findings -> what each number of its second column is: chapter, table, row, column.
+# Row of the README's findings -> what each number of its second column is: chapter, table, row, column, and
+# in front the profile where it is not `cpu`.
 SAME, TINY, HALF = "resnet_small->resnet_small", "resnet_small->resnet_tiny", "-50 % filters"
 CARD = "cifar_resnet34->cifar_resnet18"
 FINDINGS = {
@@ -26,8 +27,9 @@ FINDINGS = {
     ],
     "A student": [
         *(("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")),
-        *(("04", "table1", name, CARD) for name in ("DeepDream", "DeepInversion")),
-        ("00", "networks", "teacher, cifar_resnet34", "top-1 %"),
+        *(("night", "04", "table1", name, SAME) for name in ("DeepInversion", "ADI", "all real")),
+        *(("gpu", "04", "table1", name, CARD) for name in ("DeepDream", "DeepInversion")),
+        ("gpu", "00", "networks", "teacher, cifar_resnet34", "top-1 %"),
     ],
     "Competition": [("04", "steps", "ADI above DeepInversion", pair) for pair in (SAME, TINY)],
     "A pruned": [("05", "table4", name, HALF) for name in ("no fine-tuning", "DeepInversion", "all real")],
@@ -55,12 +57,13 @@ def test_the_code_of_the_readme_and_of_the_library_page_runs_and_prints_what_it_
 
 @pytest.mark.parametrize("finding", FINDINGS)
 def test_a_finding_has_the_numbers_of_the_results_and_no_other(finding):
-    rows = pd.concat([read_rows(repository_root() / "figures" / profile) for profile in ("gpu", "cpu")])
-    keys = zip(rows.chapter.str[:2], rows.table, rows.row, rows.column, strict=True)
-    values = dict(zip(keys, rows.value, strict=True))
+    values: dict[tuple, str] = {}
+    for profile in ("cpu", "gpu", "night"):
+        for row in read_rows(repository_root() / "figures" / profile).itertuples():
+            values[profile, row.chapter[:2], row.table, row.row, row.column] = row.value
     (line,) = (line for line in TEXT.splitlines() if line.startswith(f"| **{finding}"))
     told = re.findall(r"(\d+(?:\.\d+)?)(?= %| points| into)", line.split("|")[2])
-    expected = [float(values[key]) for key in FINDINGS[finding]]
+    expected = [float(values[key if len(key) == 5 else ("cpu", *key)]) for key in FINDINGS[finding]]
     assert told == [
         f"{value:.{len(number.partition('.')[2])}f}" for number, value in zip(told, expected, strict=True)
     ]
@@ -78,8 +81,11 @@ def test_the_scale_that_the_readme_tells_is_that_of_results_and_profiles():
         losses.append(card["DeepInversion", pair] - card["ADI", pair])
     assert "they cost {:.1f} and {:.1f} points".format(*losses) in TEXT
     assert f"{card['all real', CARD]:.1f} % from all real images" in TEXT
-    paper, gpu, cpu = (load_profile(name) for name in ("paper", "gpu", "cpu"))
-    for profile in (paper, gpu, cpu):
+    long = read_rows(repository_root() / "figures" / "night")
+    long = long[long.table == "table1"].set_index("row").value.astype(float)
+    assert f"({long['ADI'] - long['DeepInversion']:.1f} points on `night`;" in TEXT
+    paper, gpu, night, cpu = (load_profile(name) for name in ("paper", "gpu", "night", "cpu"))
+    for profile in (paper, gpu, night, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates
         assert f"{table1.image_count(profile):,} images" in TEXT and f"{updates:,} updates" in TEXT
     rows = read_rows(repository_root() / "figures" / "cpu")
