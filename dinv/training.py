@@ -29,7 +29,7 @@ class UpdateSettings:
 
     Random crops move by up to `pad` pixels; `flip` mirrors half of the images. `precision` is that of
     `precision.choose`. `muon` above 0 gives the filters to Muon: the share of its own length by which a bank
-    moves at the peak of the schedule (0.2 for some 400 updates, 0.05 for thousands).
+    moves at the peak of the schedule (0.2 for some 400 updates, 0.1 for 800, 0.05 for thousands).
     """
 
     batch_size: int = 256

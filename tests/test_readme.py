@@ -62,7 +62,7 @@ def test_a_finding_has_the_numbers_of_the_results_and_no_other(finding):
         for row in read_rows(repository_root() / "figures" / profile).itertuples():
             values[profile, row.chapter[:2], row.table, row.row, row.column] = row.value
     (line,) = (line for line in TEXT.splitlines() if line.startswith(f"| **{finding}"))
-    told = re.findall(r"(\d+(?:\.\d+)?)(?= %| points| into)", line.split("|")[2])
+    told = re.findall(r"(-?\d+(?:\.\d+)?)(?= %| points| into)", line.split("|")[2].replace("−", "-"))
     expected = [float(values[key if len(key) == 5 else ("cpu", *key)]) for key in FINDINGS[finding]]
     assert told == [
         f"{value:.{len(number.partition('.')[2])}f}" for number, value in zip(told, expected, strict=True)

@@ -61,6 +61,9 @@ GPU = replace(
     continual=Continual(epochs=30, images=5120, settings=ContinualSettings(updates=2000, batch_size=256)),
 )
 
+# Students of some hundreds of updates, and of thousands; chosen in benchmarks/LOG.md.
+_SHORT = {"batch_size": 128, "lr": 0.2, "muon": 0.1, "temperature": 30.0}
+_LONG = {"lr": 0.1, "muon": 0.05, "temperature": 3.0}
 CPU = replace(
     PAPER, name="cpu", teacher="resnet_small", verifier="vgg_small", retrain=False, images=512,
     teacher_training=TrainingSettings(epochs=30, low_res_epochs=15),
@@ -71,20 +74,17 @@ CPU = replace(
     octaves=Octaves(images=128, inversion=replace(Octaves.inversion, steps=1000, compile="always")),
     sweep=Sweep(images=256, batch_sizes=(16, 256), without_batchnorm=128),
     distillation=Distillation(
-        pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"), start_images=1024,
+        pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"), start_images=1024, seeds=1,
         # Blends of two images, as a few images have to last for many updates.
-        # Filters by Muon, which in so few updates teaches far more than SGD: see benchmarks/LOG.md.
-        settings=DistillationSettings(rounds=7, updates=120, batch_size=128, lr=0.2, muon=0.2, mixup=True),
-        # At one size, 160 steps leave the noise of the start where the teacher does not look: 43 % of an
-        # image's energy lie above 0.35 cycles a pixel, of a real one's 3 %. Coarse to fine and with more
-        # total variation 8 % do, and an image costs about a quarter. Notebook 04 draws the spectra.
+        settings=DistillationSettings(rounds=7, updates=120, mixup=True, **_SHORT),
+        # At one size, the noise of the start stays where the teacher does not look. Coarse to fine and with
+        # more total variation little does, and an image costs a quarter. Notebook 04 draws the spectra.
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="always",
                                     stages=((40, 8), (40, 16), (40, 32))),
-        tv=0.03, alpha_c=1.0, competitions=(1.0, 5.0),  # the paper's ratio to the feature statistics
-        seeds=1, eval_every=1),
+        tv=0.03, alpha_c=1.0, competitions=(1.0, 5.0), eval_every=1),  # 1: the paper's ratio to alpha_f
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=16, flip=False),
-        distillation=DistillationSettings(rounds=110, updates=22, batch_size=128, lr=0.2, muon=0.2),
+        distillation=DistillationSettings(rounds=110, updates=22, **_SHORT),
         warmup=20, seeds=1, eval_every=5, compare=40, pixel_batches=5),
     pruning=Pruning(
         images=256, settings=PruningSettings(step=0.05), front=(0.2, 0.5, 0.7), etas=(0.0, 0.01, 0.1),
@@ -102,20 +102,18 @@ CPU = replace(
     scaling=Scaling(60, replace(Scaling.inversion, steps=40, lr=0.2, flip=False), pools=(15, 30, 60, 120)),
 )
 
-# The networks of `cpu` at full strength: evenings, not minutes. The paper's own networks join by
-# --set distillation.pairs=cifar_vgg11->cifar_vgg11, a column at a time.
+# The networks of `cpu` at full strength: evenings, not minutes. The paper's join by distillation.pairs.
 NIGHT = replace(
     CPU, name="night", images=1024,
     octaves=replace(CPU.octaves, images=256, inversion=replace(CPU.octaves.inversion, steps=2000)),
     sweep=replace(CPU.sweep, images=1024, batch_sizes=(16, 64, 256), without_batchnorm=512),
     distillation=replace(
         CPU.distillation, start_images=7680, competitions=Distillation.competitions, seeds=3, eval_every=2,
-        # The more updates, the smaller their steps: at 0.2 a student only learns once the rate has fallen.
-        settings=replace(CPU.distillation.settings, rounds=22, updates=275, lr=0.1, muon=0.05),
+        settings=replace(CPU.distillation.settings, rounds=22, updates=275, **_LONG),
         inversion=replace(CPU.distillation.inversion, stages=((60, 8), (60, 16), (60, 32)))),
     generator=replace(
         CPU.generator, compare=80, pixel_batches=10, seeds=3,
-        distillation=replace(CPU.generator.distillation, rounds=360, lr=0.1, muon=0.05)),
+        distillation=replace(CPU.generator.distillation, rounds=360, **_LONG)),
     pruning=replace(
         CPU.pruning, images=1024, settings=PruningSettings(step=0.02), front=Pruning.front, seeds=3,
         distillation=replace(CPU.pruning.distillation, updates=400)),

@@ -6,6 +6,7 @@ Where the paper is silent the comment says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dinv.continual import ContinualSettings
 from dinv.distillation import DistillationSettings
@@ -28,6 +29,7 @@ class Octaves:
     alpha_f: float = 1.0
     dream_tv: tuple[float, ...] = (1e-3, 1e-2, 0.1)  # DeepDream's own
     seeds: int = 3
+    watched: ClassVar = (0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1)  # shares of the steps; not varied
 
 
 @dataclass(frozen=True)
