@@ -6,7 +6,6 @@ Where the paper is silent the comment says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from dinv.continual import ContinualSettings
 from dinv.distillation import DistillationSettings
@@ -29,7 +28,11 @@ class Octaves:
     alpha_f: float = 1.0
     dream_tv: tuple[float, ...] = (1e-3, 1e-2, 0.1)  # DeepDream's own
     seeds: int = 3
-    watched: ClassVar = (0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1)  # shares of the steps; not varied
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """Steps after which notebooks 02 and 07 keep the images, closer together where more changes."""
+        return tuple(round(share * self.inversion.steps) for share in (0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1))
 
 
 @dataclass(frozen=True)
@@ -181,10 +184,7 @@ class Profile:
     scaling: Scaling = field(default_factory=Scaling)
 
     def table(self) -> list[tuple[str, str, str, str]]:
-        """Rows of text (setting, here, what the paper states with its mark, what `paper` has instead).
-
-        The third is empty where the paper is silent, the fourth where it is not.
-        """
+        """Rows of text: setting, here, what the paper states, with its mark, or else what `paper` has."""
         full, rows = flat(PAPER), []
         for name, value in flat(self).items():
             mark, chosen = STATED.get(name, ""), written(full[name])
