@@ -71,7 +71,7 @@ CPU = replace(
     inversion=InversionSettings(steps=80, lr=0.2, schedule="cosine", flip=False, compile="always"),
     # The paper's 10 wants the paper's 2,000 steps: in 80 the teacher would not be satisfied any more.
     alpha_f=1.0, alpha_f_kl=10.0,
-    octaves=Octaves(images=128, inversion=replace(Octaves.inversion, steps=1000, compile="always")),
+    octaves=Octaves(128, seeds=1, inversion=replace(Octaves.inversion, steps=1000, compile="always")),
     sweep=Sweep(images=256, batch_sizes=(16, 256), without_batchnorm=128),
     distillation=Distillation(
         pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"), start_images=1024, seeds=1,
@@ -105,7 +105,7 @@ CPU = replace(
 # The networks of `cpu` at full strength: evenings, not minutes. The paper's join by distillation.pairs.
 NIGHT = replace(
     CPU, name="night", images=1024,
-    octaves=replace(CPU.octaves, images=256, inversion=replace(CPU.octaves.inversion, steps=2000)),
+    octaves=replace(CPU.octaves, images=256, inversion=replace(CPU.octaves.inversion, steps=2000), seeds=3),
     sweep=replace(CPU.sweep, images=1024, batch_sizes=(16, 64, 256), without_batchnorm=512),
     distillation=replace(
         CPU.distillation, start_images=7680, competitions=Distillation.competitions, seeds=3, eval_every=2,
