@@ -71,7 +71,7 @@ CPU = replace(
     inversion=InversionSettings(steps=80, lr=0.2, schedule="cosine", flip=False, compile="always"),
     # The paper's 10 wants the paper's 2,000 steps: in 80 the teacher would not be satisfied any more.
     alpha_f=1.0, alpha_f_kl=10.0,
-    octaves=Octaves(128, seeds=1, inversion=replace(Octaves.inversion, steps=1000, compile="always")),
+    octaves=Octaves(images=128, seeds=1, inversion=replace(Octaves.inversion, steps=1000, compile="always")),
     sweep=Sweep(images=256, batch_sizes=(16, 256), without_batchnorm=128),
     distillation=Distillation(
         pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"), start_images=1024, seeds=1,
