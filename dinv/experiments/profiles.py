@@ -38,6 +38,9 @@ PROFILES = ("smoke", "cpu", "night", "gpu", "paper")
 SEEDED = ("octaves", "distillation", "generator", "pruning", "continual", "imagenet")  # have their own seeds
 
 # fmt: off
+# Students of some hundreds of updates, and of thousands; chosen in benchmarks/LOG.md.
+_SHORT = {"batch_size": 128, "lr": 0.2, "muon": 0.1, "temperature": 30.0}
+_LONG = {"lr": 0.1, "muon": 0.05, "temperature": 30.0}
 GPU = replace(
     PAPER, name="gpu", images=2560, imagenet=Imagenet(transfer_images=0, seeds=1),
     teacher_training=TrainingSettings(epochs=30, batch_size=512, lr=0.4),
@@ -47,13 +50,13 @@ GPU = replace(
     sweep=Sweep(images=1024, without_batchnorm=1024),
     distillation=Distillation(
         start_images=7680,  # as on cpu, and longer
-        settings=DistillationSettings(rounds=12, updates=275, lr=0.2, muon=0.2, mixup=True, compile="never"),
+        settings=DistillationSettings(rounds=12, updates=275, mixup=True, compile="never", **_LONG),
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="never",
                                     stages=((50, 8), (50, 16), (120, 32))),  # as on cpu
-        tv=0.03, alpha_c=5.0, eval_every=1),  # 5: see notebook 04, "How strong ..."
+        tv=0.03, alpha_c=1.0, eval_every=1),  # as on cpu
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=64, flip=False, compile="never"),
-        distillation=DistillationSettings(rounds=220, updates=20, lr=0.2, muon=0.2, compile="never"),
+        distillation=DistillationSettings(rounds=220, updates=20, compile="never", **_LONG),
         warmup=20, eval_every=5, pixel_batches=5),
     pruning=Pruning(
         images=2048, settings=PruningSettings(step=0.02, multiple=8),
@@ -61,9 +64,6 @@ GPU = replace(
     continual=Continual(epochs=30, images=5120, settings=ContinualSettings(updates=2000, batch_size=256)),
 )
 
-# Students of some hundreds of updates, and of thousands; chosen in benchmarks/LOG.md.
-_SHORT = {"batch_size": 128, "lr": 0.2, "muon": 0.1, "temperature": 30.0}
-_LONG = {"lr": 0.1, "muon": 0.05, "temperature": 3.0}
 CPU = replace(
     PAPER, name="cpu", teacher="resnet_small", verifier="vgg_small", retrain=False, images=512,
     teacher_training=TrainingSettings(epochs=30, low_res_epochs=15),
