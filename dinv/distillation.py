@@ -35,8 +35,8 @@ from dinv.training import GradientStep, Updates, UpdateSettings, predict
 class DistillationSettings(UpdateSettings):
     """How a student is distilled: in `rounds`, each of a new batch and `updates` updates (paper: 50).
 
-    `temperature` softens the outputs (paper: 3; for hundreds of updates 30 teaches more); `mixup` is that of
-    the function; `compile`, of the update, is "always" or "never".
+    `temperature` softens the outputs (paper: 3; for hundreds or thousands of updates 30 teaches more);
+    `mixup` is that of the function; `compile`, of the update, is "always" or "never".
     """
 
     rounds: int = 20

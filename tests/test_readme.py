@@ -3,12 +3,13 @@
 import re
 import shlex
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from dinv.experiments import table1
 from dinv.experiments.profiles import load_profile
-from dinv.experiments.results import LEDGER_STATUSES, ledger_page, read_rows, results_page
+from dinv.experiments.results import LEDGER_STATUSES, Claim, ledger_page, read_rows, results_page
 from dinv.files import repository_root
 from dinv.reproduce import parse
 
@@ -18,7 +19,7 @@ TEXT = (repository_root() / "README.md").read_text(encoding="utf-8")
 # Row of the README's findings -> what each number of its second column is: chapter, table, row, column, and
 # in front the profile where it is not `cpu`.
 SAME, TINY, HALF = "resnet_small->resnet_small", "resnet_small->resnet_tiny", "-50 % filters"
-CARD = "cifar_resnet34->cifar_resnet18"
+CARD, VGG = "cifar_resnet34->cifar_resnet18", "cifar_vgg11->cifar_vgg11"
 FINDINGS = {
     "One term": [
         ("02", table, name, "verifier")
@@ -28,8 +29,11 @@ FINDINGS = {
     "A student": [
         *(("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")),
         *(("night", "04", "table1", name, SAME) for name in ("DeepInversion", "ADI", "all real")),
-        *(("gpu", "04", "table1", name, CARD) for name in ("DeepDream", "DeepInversion")),
+        ("gpu", "04", "table1", "DeepInversion", CARD),
         ("gpu", "00", "networks", "teacher, cifar_resnet34", "top-1 %"),
+        ("gpu", "04", "table1", "DeepInversion", VGG),
+        ("gpu", "00", "networks", "verifier, cifar_vgg11", "top-1 %"),
+        ("gpu", "04", "table1", "DeepDream", VGG),
     ],
     "Competition": [("04", "steps", "ADI above DeepInversion", pair) for pair in (SAME, TINY)],
     "A pruned": [("05", "table4", name, HALF) for name in ("no fine-tuning", "DeepInversion", "all real")],
@@ -74,16 +78,21 @@ def test_the_scale_that_the_readme_tells_is_that_of_results_and_profiles():
     teachers = card[card.table == "networks"].set_index("row").value
     for name in ("teacher, cifar_resnet34", "verifier, cifar_vgg11"):
         assert f"{float(teachers[name]):.1f} %" in TEXT, name
-    card, losses = card[card.table == "table1"].set_index(["row", "column"]).value.astype(float), []
+    card, gains = card[card.table == "table1"].set_index(["row", "column"]).value.astype(float), []
     for pair in load_profile("gpu").distillation.pairs[:2]:
         for name in ("DeepInversion", "ADI"):
             assert f"{card[name, pair]:.1f} %" in TEXT, (name, pair)
-        losses.append(card["DeepInversion", pair] - card["ADI", pair])
-    assert "they cost {:.1f} and {:.1f} points".format(*losses) in TEXT
-    assert f"{card['all real', CARD]:.1f} % from all real images" in TEXT
+        gains.append(card["ADI", pair] - card["DeepInversion", pair])
+        assert f"{card['all real', pair]:.1f} % from all real images" in TEXT
+    assert "{:.1f} and {:.1f} points with the paper's networks".format(*gains) in TEXT
     long = read_rows(repository_root() / "figures" / "night")
-    long = long[long.table == "table1"].set_index("row").value.astype(float)
-    assert f"({long['ADI'] - long['DeepInversion']:.1f} points on `night`;" in TEXT
+    long = long[(long.table == "table1") & (long.column == SAME)].set_index("row")["values"]
+    without, with_rival = (np.array(long[name].split(), float) for name in ("DeepInversion", "ADI"))
+    gain = Claim("competition", tuple(with_rival - without))
+    told = "({:.1f} points on `night`, three seeds, from {:.1f} to {:.1f};".format(
+        np.mean(gain.values), *gain.interval
+    )
+    assert told.replace("-", "−") in TEXT
     paper, gpu, night, cpu = (load_profile(name) for name in ("paper", "gpu", "night", "cpu"))
     for profile in (paper, gpu, night, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates
