@@ -43,6 +43,11 @@ FINDINGS = {
 }
 
 
+def table_1(profile):
+    rows = read_rows(repository_root() / "figures" / profile)
+    return rows[rows.table == "table1"].set_index(["row", "column"])
+
+
 def test_the_code_of_the_readme_and_of_the_library_page_runs_and_prints_what_it_says(capsys):
     library = (repository_root() / "book_source" / "library.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", TEXT + library, re.DOTALL)
@@ -72,8 +77,7 @@ def test_a_finding_has_the_numbers_of_the_results_and_no_other(finding):
 
 
 def test_table_1_of_the_papers_networks_is_that_of_the_results_and_of_the_paper():
-    card = read_rows(repository_root() / "figures" / "gpu")
-    card = card[card.table == "table1"].set_index(["row", "column"]).value.astype(float).to_dict()
+    card = table_1("gpu").value.astype(float)
     names = ("DeepDream", "DeepInversion", "ADI", "all real", "teacher")
     for pair, called in PAIRS.items():
         lines = TEXT.splitlines()
@@ -86,13 +90,11 @@ def test_table_1_of_the_papers_networks_is_that_of_the_results_and_of_the_paper(
 
 
 def test_the_scale_that_the_readme_tells_is_that_of_results_and_profiles():
-    card = read_rows(repository_root() / "figures" / "gpu")
-    card = card[card.table == "table1"].set_index(["row", "column"]).value.astype(float)
+    card = table_1("gpu").value.astype(float)
     gains = [card["ADI", pair] - card["DeepInversion", pair] for pair in PAIRS]
     assert "{:.1f} and {:.1f} points with the paper's networks".format(*gains) in TEXT
-    long = read_rows(repository_root() / "figures" / "night")
-    long = long[(long.table == "table1") & (long.column == SAME)].set_index("row")["values"]
-    without, with_rival = (np.array(long[name].split(), float) for name in ("DeepInversion", "ADI"))
+    long = table_1("night")["values"]
+    without, with_rival = (np.array(long[name, SAME].split(), float) for name in ("DeepInversion", "ADI"))
     gain = Claim("competition", tuple(with_rival - without))
     told = "({:.1f} points on `night`, three seeds, from {:.1f} to {:.1f};".format(
         np.mean(gain.values), *gain.interval
@@ -102,9 +104,8 @@ def test_the_scale_that_the_readme_tells_is_that_of_results_and_profiles():
     for profile in (theirs, gpu, night, cpu):
         updates = profile.distillation.settings.rounds * profile.distillation.settings.updates
         assert f"{table1.image_count(profile):,} images" in TEXT and f"{updates:,} updates" in TEXT
-    rows = read_rows(repository_root() / "figures" / "cpu")
-    cells = rows[(rows.table == "table1") & (rows.column == SAME)].set_index("row").value
-    few, inverted = float(cells["1 % real"]), float(cells["DeepInversion"])
+    cells = table_1("cpu").value.astype(float)
+    few, inverted = cells["1 % real", SAME], cells["DeepInversion", SAME]
     assert f"({few:.1f} % against {inverted:.1f} %)" in TEXT and few > inverted
     assert f"{sum(n for n, _ in gpu.distillation.inversion.stages)} iterations each" in TEXT
     steps = sum(n for n, _ in cpu.distillation.inversion.stages)
