@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinv.checks import check_settings
 from dinv.compiling import Compiled, compiler_available
-from dinv.data import augment, mixup
+from dinv.data import augment, mixup, strong
 from dinv.files import NO_CHECKPOINT, NoCheckpoint, strip_prefix
 from dinv.group import Group, average_, normalise_together, of_first, share
 from dinv.inversion import InversionSettings, Inverter, balanced_labels
@@ -36,7 +36,7 @@ class DistillationSettings(UpdateSettings):
     """How a student is distilled: in `rounds`, each of a new batch and `updates` updates (paper: 50).
 
     `temperature` softens the outputs (paper: 3; for hundreds or thousands of updates 30 teaches more);
-    `mixup` is that of the function; `compile`, of the update, is "always" or "never".
+    `strong`, or else `mixup`, is applied to every batch; `compile`, of the update, is "always" or "never".
     """
 
     rounds: int = 20
@@ -44,6 +44,7 @@ class DistillationSettings(UpdateSettings):
     lr: float = 0.1
     temperature: float = 3.0
     mixup: bool = False
+    strong: bool = field(default=False, metadata={"silent": True})  # at False no part of a digest
     compile: str = "always"
 
     def __post_init__(self) -> None:
@@ -328,11 +329,10 @@ def _batches(
     size, count = settings.batch_size, settings.updates * settings.batch_size
     fresh = len(pool) - new + torch.randperm(new, generator=generator)
     drawn = torch.randint(len(pool), (count,), generator=generator)
+    change = strong if settings.strong else mixup if settings.mixup else lambda batch, _: batch
     for picked in torch.cat([fresh, drawn])[:count].to(pool.device).split(size):
-        batch = augment(pool[picked], generator, pad=settings.pad, flip=settings.flip)
-        batch = batch.float().div_(255)
-        batch = mixup(batch, generator) if settings.mixup else batch
-        yield batch.contiguous(memory_format=torch.channels_last)
+        batch = augment(pool[picked], generator, pad=settings.pad, flip=settings.flip).float().div_(255)
+        yield change(batch, generator).contiguous(memory_format=torch.channels_last)
 
 
 def _as_uint8(images: Tensor) -> Tensor:

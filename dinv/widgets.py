@@ -203,39 +203,6 @@ def batchnorm_viewer(model: Classifier, kinds: Mapping[str, Tensor]) -> Panel:
     return _live({"layer": layer, "channel": channel}, draw, about)
 
 
-def best_row(paths: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Panel:
-    """A slider of minutes: which row is best with so many.
-
-    Args:
-        paths: row -> minutes spent, in rising order, and the student's accuracy in percent then
-            (`table1.timeline`). A row counts with what it last reached.
-
-    Raises:
-        ValueError: nothing was measured.
-    """
-    paths = {name: path for name, path in paths.items() if len(path[0])}
-    if not paths:
-        raise ValueError("no row has an accuracy on its way: measure one at least every few rounds")
-    last = max(path[0][-1] for path in paths.values())
-    slider = ipw.FloatSlider(last, min=0, max=last * 1.02, step=last / 50, continuous_update=False)
-
-    def draw(minutes: float) -> tuple[bytes, str]:
-        reached = {}
-        for name, (spent, accuracies) in paths.items():
-            done = [accuracy for m, accuracy in zip(spent, accuracies, strict=True) if m <= minutes + 1e-9]
-            reached |= {name: done[-1]} if done else {}
-        ranks = sorted(reached, key=reached.get, reverse=True)
-        words = ", ".join(f"{figures.label(name)} {reached[name]:.1f} %" for name in ranks)
-        text = f"With {minutes:.1f} minutes: {words or 'no row has finished a round'}."
-        title = f"Best with {minutes:.1f} minutes: {figures.label(ranks[0]) if ranks else 'none yet'}"
-        axes = "minutes of synthesis and distillation", "accuracy on\nreal images, %"
-        figure = figures.curves(paths, *axes, title=title)
-        figure.axes[0].axvline(minutes, color=figures.GREY, ls=":")
-        return figures.png(figure), text
-
-    return _live({"minutes": slider}, draw, "Accuracy of each row's student against the minutes spent")
-
-
 def _live(controls: Mapping[str, Any], draw: Callable, alt: str, button: str = "") -> Panel:
     """A panel that draws whenever a control changes; with `button`, when that is pressed.
 

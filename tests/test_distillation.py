@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dinv import distillation, files
+from dinv.data import dataset, strong
+from dinv.data.dataset import cutmix, recolour
 from dinv.distillation import DistillationSettings, DistillStep, FixedImages, InversionSource, distill
 from dinv.experiments import stages
 from dinv.generator import GeneratorSettings, GeneratorSource
@@ -101,15 +103,65 @@ def test_blends_of_two_images():
     torch.testing.assert_close(blends, images * (1 - one) + before * one)
 
 
-def test_blends_are_made_of_the_batches_that_are_used_without(tiny, monkeypatch):
-    teacher, settings, batches = tiny(0).freeze(), replace(SETTINGS, mixup=True), []
-    monkeypatch.setattr(distillation, "mixup", lambda images, _: batches.append(images.clone()) or images)
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("mixup", {"mixup": True}), ("strong", {"mixup": True, "strong": True})]
+)
+def test_batches_are_changed_that_are_used_as_they_are_without(tiny, monkeypatch, name, chosen):
+    teacher, settings, batches = tiny(0).freeze(), replace(SETTINGS, **chosen), []
+    monkeypatch.setattr(distillation, name, lambda images, _: batches.append(images.clone()) or images)
     plain, blended = tiny(1), tiny(1)
     distill(teacher, plain, some_images(), SETTINGS)
     assert not batches
     distill(teacher, blended, some_images(), settings)
     assert len(batches) == settings.rounds * settings.updates and equal(state(plain), state(blended))
     assert batches[0].dtype == torch.float32 and batches[0].min() >= 0 and batches[0].max() <= 1
+
+
+def test_recoloured_images():
+    images = torch.rand(256, 3, 6, 5, generator=generator())
+    changed = recolour(images, generator(1))
+    assert torch.equal(changed, recolour(images, generator(1)))
+    assert changed.min() >= 0 and changed.max() <= 1
+    dim, grey = 0.3 + 0.1 * images, 0.3 + 0.1 * images[:, :1].expand_as(images)  # so that nothing is clamped
+    brightness, contrast, saturation = 0.6 + 0.8 * torch.rand(3, 256, generator=generator(1))
+
+    def spread(pixels):
+        return (pixels - pixels.mean((1, 2, 3), keepdim=True)).flatten(1).norm(dim=1)
+
+    def colour(pixels):
+        return (pixels - pixels.mean(1, keepdim=True)).flatten(1).norm(dim=1)
+
+    changed = recolour(dim, generator(1))
+    torch.testing.assert_close(changed.mean((1, 2, 3)), dim.mean((1, 2, 3)) * brightness)
+    torch.testing.assert_close(colour(changed), colour(dim) * brightness * contrast * saturation)
+    changed = recolour(grey, generator(1))
+    torch.testing.assert_close(spread(changed), spread(grey) * brightness * contrast)
+    assert colour(changed).max() < 1e-5
+
+
+def test_pasted_images():
+    images = torch.rand(512, 2, 12, 8, generator=generator())
+    pasted, before = cutmix(images, generator(1)), images.roll(1, 0)
+    assert torch.equal(pasted, cutmix(images, generator(1)))
+    theirs = pasted == before
+    assert torch.equal(theirs[:, 0], theirs[:, 1]) and torch.equal(pasted[~theirs], images[~theirs])
+    rows, columns = theirs[:, 0].any(2), theirs[:, 0].any(1)
+    assert torch.equal(theirs[:, 0], rows[:, :, None] & columns[:, None])  # a rectangle, without gaps:
+    assert all((line.int().diff().abs().sum(1) <= 2).all() for line in (rows, columns))
+    shares, (area, y, x) = theirs[:, 0].float().mean((1, 2)), torch.rand(3, 512, generator=generator(1))
+    side = area.sqrt()
+    assert (shares <= (side + 1 / 12) * (side + 1 / 8)).all()
+    whole = (torch.stack([y, x, 1 - y, 1 - x]) > side / 2).all(0)  # no part is outside
+    assert whole.sum() > 50 and (shares >= (side - 1 / 12) * (side - 1 / 8))[whole].all()
+
+
+def test_half_of_strong_images_are_blended_and_half_pasted(monkeypatch):
+    images = torch.rand(400, 1, 8, 8, generator=generator())
+    monkeypatch.setattr(dataset, "recolour", lambda images, _: images)
+    changed = strong(images, generator(1))
+    assert torch.equal(changed, strong(images, generator(1)))
+    taken = ((changed == images) | (changed == images.roll(1, 0))).flatten(1).all(1)
+    assert 170 < taken.sum() < 230  # a blend has pixels of neither
 
 
 @pytest.mark.parametrize("warmup", [0, 1])

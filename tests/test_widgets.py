@@ -195,24 +195,6 @@ def test_the_batchnorm_viewer_has_the_numbers_of_the_layer(tiny, portrait):
         widgets.batchnorm_viewer(model, {"real": IMAGES[:0]})
 
 
-def test_the_best_row_is_that_which_has_reached_most_by_then():
-    paths = {"adi": ([1.0, 3.0], [20.0, 70.0]), "generator": ([2.0], [40.0]), "noise": ([], [])}
-    panel = widgets.best_row(paths)
-    assert panel.caption.value.startswith("With 3.0 minutes: ADI 70.0 %, generator 40.0 %.")
-    seen = {panel.picture.value}
-    for minutes, words in {
-        2.5: "generator 40.0 %, ADI 20.0 %.",
-        1.5: "ADI 20.0 %.",
-        0.5: "no row has finished a round.",
-    }.items():
-        panel.controls["minutes"].value = minutes
-        assert panel.caption.value == f"With {minutes} minutes: {words}"
-        seen.add(shown(panel)[0])
-    assert len(seen) == 4
-    with pytest.raises(ValueError, match="no row has an accuracy on its way"):
-        widgets.best_row({"noise": ([], [])})
-
-
 # ---- in a browser --------------------------------------------------------------------------------
 NOTEBOOK = """
 import sys

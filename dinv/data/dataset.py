@@ -155,6 +155,37 @@ def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(images, images.roll(1, 0), sent(share, images.device))
 
 
+def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] of another brightness, contrast and saturation, each times 0.6 to 1.4.
+
+    Contrast is the distance from the image's mean, saturation from the mean of a pixel's channels.
+    """
+    draws = torch.rand(3, len(images), 1, 1, 1, generator=generator, device=generator.device)
+    brightness, contrast, saturation = sent(0.6 + 0.8 * draws, images.device)
+    images = images * brightness
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+    return torch.lerp(images.mean(1, keepdim=True), images, saturation).clamp(0, 1)
+
+
+def cutmix(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image (N, C, H, W) with a rectangle from the same place of the one before it (Yun et al., 2019).
+
+    It has the image's proportions, a share of its area uniform in [0, 1), and its centre anywhere inside.
+    """
+    draws = sent(torch.rand(3, len(images), 1, generator=generator, device=generator.device), images.device)
+    reach, sizes = draws[0].sqrt() / 2, images.shape[2:]
+    places = [(torch.arange(n, device=images.device) + 0.5) / n for n in sizes]
+    rows, columns = ((p - centre).abs() < reach for p, centre in zip(places, draws[1:], strict=True))
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], images.roll(1, 0), images)
+
+
+def strong(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, C, H, W) in [0, 1], recoloured; then half are blended (`mixup`), half pasted (`cutmix`)."""
+    images = recolour(images, generator)
+    blended = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) < 0.5
+    return torch.where(sent(blended, images.device), mixup(images, generator), cutmix(images, generator))
+
+
 def sent(draws: Tensor, device: torch.device) -> Tensor:
     """`draws` on `device`; a card takes them from pinned memory, so that nobody waits for it."""
     if device.type == "cuda" and not draws.is_cuda:
