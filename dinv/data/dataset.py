@@ -1,7 +1,7 @@
 """CIFAR-10, MNIST and scikit-learn's digits: whole in memory as uint8, verified by checksum.
 
-`load_dataset` finds or fetches the data, `Dataset` holds them on one device, `augment` crops and flips a
-whole batch in one gather. No worker processes: 180 MB fit into memory, and a batch is one indexing away.
+`load_dataset` finds or fetches the data, `Dataset` holds them on one device, `augment`, `mixup` and
+`strong` change a whole batch at once. No worker processes: 180 MB fit into memory, a batch is one indexing.
 """
 
 from __future__ import annotations
@@ -156,15 +156,11 @@ def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, C, H, W) in [0, 1] of another brightness, contrast and saturation, each times 0.6 to 1.4.
-
-    Contrast is the distance from the image's mean, saturation from the mean of a pixel's channels.
-    """
-    draws = torch.rand(3, len(images), 1, 1, 1, generator=generator, device=generator.device)
-    brightness, contrast, saturation = sent(0.6 + 0.8 * draws, images.device)
+    """Images (N, C, H, W) in [0, 1], with brightness, contrast and saturation each times 0.6 to 1.4."""
+    brightness, contrast, saturation = 0.6 + 0.8 * _uniform(3, images, generator)
     images = images * brightness
-    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
-    return torch.lerp(images.mean(1, keepdim=True), images, saturation).clamp(0, 1)
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)  # about the image's mean
+    return torch.lerp(images.mean(1, keepdim=True), images, saturation).clamp(0, 1)  # about the pixel's mean
 
 
 def cutmix(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -172,18 +168,23 @@ def cutmix(images: Tensor, generator: torch.Generator) -> Tensor:
 
     It has the image's proportions, a share of its area uniform in [0, 1), and its centre anywhere inside.
     """
-    draws = sent(torch.rand(3, len(images), 1, generator=generator, device=generator.device), images.device)
-    reach, sizes = draws[0].sqrt() / 2, images.shape[2:]
-    places = [(torch.arange(n, device=images.device) + 0.5) / n for n in sizes]
-    rows, columns = ((p - centre).abs() < reach for p, centre in zip(places, draws[1:], strict=True))
-    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], images.roll(1, 0), images)
+    area, y, x = _uniform(3, images, generator)
+    rows, columns = ((torch.arange(n, device=images.device) + 0.5) / n for n in images.shape[2:])
+    inside = torch.maximum((rows[:, None] - y).abs(), (columns - x).abs()) < area.sqrt() / 2
+    return torch.where(inside, images.roll(1, 0), images)
 
 
 def strong(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (N, C, H, W) in [0, 1], recoloured; then half are blended (`mixup`), half pasted (`cutmix`)."""
     images = recolour(images, generator)
-    blended = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device) < 0.5
-    return torch.where(sent(blended, images.device), mixup(images, generator), cutmix(images, generator))
+    blended = _uniform(1, images, generator)[0] < 0.5
+    return torch.where(blended, mixup(images, generator), cutmix(images, generator))
+
+
+def _uniform(count: int, images: Tensor, generator: torch.Generator) -> Tensor:
+    """`count` draws from [0, 1) for every image, (count, N, 1, 1, 1), equal on every device of the images."""
+    like = {"generator": generator, "device": generator.device}
+    return sent(torch.rand(count, len(images), 1, 1, 1, **like), images.device)
 
 
 def sent(draws: Tensor, device: torch.device) -> Tensor:
