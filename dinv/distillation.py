@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,20 +36,20 @@ class DistillationSettings(UpdateSettings):
     """How a student is distilled: in `rounds`, each of a new batch and `updates` updates (paper: 50).
 
     `temperature` softens the outputs (paper: 3; for hundreds or thousands of updates 30 teaches more);
-    `strong`, or else `mixup`, is applied to every batch; `compile`, of the update, is "always" or "never".
+    `augmentation` is "basic", shifts and flips, "mixup" or "strong"; `compile` is "always" or "never".
     """
 
     rounds: int = 20
     updates: int = 50
     lr: float = 0.1
     temperature: float = 3.0
-    mixup: bool = False
-    strong: bool = field(default=False, metadata={"silent": True})  # at False no part of a digest
+    augmentation: str = "basic"
     compile: str = "always"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, ("rounds", "updates", "temperature"), compile=("always", "never"))
+        choices = {"augmentation": ("basic", "mixup", "strong"), "compile": ("always", "never")}
+        check_settings(self, ("rounds", "updates", "temperature"), **choices)
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -329,7 +329,7 @@ def _batches(
     size, count = settings.batch_size, settings.updates * settings.batch_size
     fresh = len(pool) - new + torch.randperm(new, generator=generator)
     drawn = torch.randint(len(pool), (count,), generator=generator)
-    change = strong if settings.strong else mixup if settings.mixup else lambda batch, _: batch
+    change = {"basic": lambda batch, _: batch, "mixup": mixup, "strong": strong}[settings.augmentation]
     for picked in torch.cat([fresh, drawn])[:count].to(pool.device).split(size):
         batch = augment(pool[picked], generator, pad=settings.pad, flip=settings.flip).float().div_(255)
         yield change(batch, generator).contiguous(memory_format=torch.channels_last)

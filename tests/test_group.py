@@ -109,7 +109,7 @@ def student(group, checkpoint=None):
         teacher, CrossEntropy() + FeatureStatistics(), brief, batch_size=12, competition=1.0
     )
     settings = DistillationSettings(
-        rounds=3, updates=2, batch_size=12, lr=0.02, pad=1, mixup=True, precision="float32"
+        rounds=3, updates=2, batch_size=12, lr=0.02, pad=1, augmentation="mixup", precision="float32"
     )
     step = DistillStep(teacher, learner, compile="never", precision="float32", group=group)
     saved = {} if checkpoint is None else {"checkpoint": checkpoint}

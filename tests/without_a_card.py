@@ -151,7 +151,9 @@ def cases():
 
     def distilling(source):
         def work(n):
-            settings = DistillationSettings(rounds=2, updates=n, batch_size=8, compile="never", mixup=True)
+            settings = DistillationSettings(
+                rounds=2, updates=n, batch_size=8, compile="never", augmentation="mixup"
+            )
             return distill(teacher, student, source(), settings)
 
         return work

@@ -39,7 +39,7 @@ SEEDED = ("octaves", "distillation", "generator", "pruning", "continual", "image
 
 # fmt: off
 # Students of some hundreds of updates, and of thousands; chosen in benchmarks/LOG.md.
-_SHORT = {"batch_size": 128, "lr": 0.2, "muon": 0.1, "temperature": 30.0}
+_SHORT = {"batch_size": 128, "lr": 0.2, "muon": 0.1, "temperature": 30.0, "augmentation": "strong"}
 _LONG = {"lr": 0.1, "muon": 0.05, "temperature": 30.0}
 GPU = replace(
     PAPER, name="gpu", images=2560, imagenet=Imagenet(transfer_images=0, seeds=1),
@@ -50,7 +50,7 @@ GPU = replace(
     sweep=Sweep(images=1024, without_batchnorm=1024),
     distillation=Distillation(
         start_images=7680,  # as on cpu, and longer
-        settings=DistillationSettings(rounds=12, updates=275, mixup=True, compile="never", **_LONG),
+        settings=DistillationSettings(rounds=12, updates=275, augmentation="mixup", compile="never", **_LONG),
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="never",
                                     stages=((50, 8), (50, 16), (120, 32))),  # as on cpu
         tv=0.03, alpha_c=1.0, eval_every=1),  # as on cpu
@@ -75,8 +75,7 @@ CPU = replace(
     sweep=Sweep(images=256, batch_sizes=(16, 256), without_batchnorm=128),
     distillation=Distillation(
         pairs=("resnet_small->resnet_small", "resnet_small->resnet_tiny"), start_images=1024, seeds=1,
-        # Blends of two images, as a few images have to last for many updates.
-        settings=DistillationSettings(rounds=7, updates=120, mixup=True, **_SHORT),
+        settings=DistillationSettings(rounds=7, updates=120, **_SHORT),
         # At one size, the noise of the start stays where the teacher does not look. Coarse to fine and with
         # more total variation little does, and an image costs a quarter. Notebook 04 draws the spectra.
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="always",
@@ -88,7 +87,8 @@ CPU = replace(
         warmup=20, seeds=1, eval_every=5, compare=40, pixel_batches=5),
     pruning=Pruning(
         images=256, settings=PruningSettings(step=0.05), front=(0.2, 0.5, 0.7), etas=(0.0, 0.01, 0.1),
-        distillation=replace(Pruning.distillation, updates=100, batch_size=128), seeds=1),
+        distillation=replace(Pruning.distillation, updates=100, **_SHORT | {"lr": 0.05, "muon": 0.02}),
+        seeds=1),
     continual=Continual(epochs=12, images=512, settings=ContinualSettings(updates=60), seeds=1),
     imagenet=Imagenet(
         teacher=("package:efficientnet_lite0",), images_per_class=1, comparison_stages=((200, 112),),
@@ -109,7 +109,8 @@ NIGHT = replace(
     sweep=replace(CPU.sweep, images=1024, batch_sizes=(16, 64, 256), without_batchnorm=512),
     distillation=replace(
         CPU.distillation, start_images=7680, competitions=Distillation.competitions, seeds=3, eval_every=2,
-        settings=replace(CPU.distillation.settings, rounds=22, updates=275, **_LONG),
+        # Blends alone, with which the rows of figures/night were made.
+        settings=replace(CPU.distillation.settings, rounds=22, updates=275, augmentation="mixup", **_LONG),
         inversion=replace(CPU.distillation.inversion, stages=((60, 8), (60, 16), (60, 32)))),
     generator=replace(
         CPU.generator, compare=80, pixel_batches=10, seeds=3,
