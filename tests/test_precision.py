@@ -59,7 +59,7 @@ def test_what_was_kept_before_there_was_a_choice_is_found_again():
     kept = {
         InversionSettings: "2e1182210029b8c3",
         GeneratorSettings: "43de882e675313d2",
-        DistillationSettings: "1746f3749d79fc05",
+        DistillationSettings: "75528214805b3b22",
     }
     kept |= {TrainingSettings: "86b12877011003c8", ContinualSettings: "8a43ba05c4eb00e0"}
     for settings, before in kept.items():
