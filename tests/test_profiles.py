@@ -81,7 +81,7 @@ def test_auto_follows_the_machine_and_the_environment(monkeypatch, cuda, wish, v
         ("inversion.lr", 1, 1.0), ("tv", "2.5e-5", 2.5e-5), ("l2", "0", 0.0),
         ("teacher", "vgg_small", "vgg_small"), ("inversion.schedule", "cosine", "cosine"),
         ("retrain", "true", True), ("retrain", False, False),
-        ("distillation.settings.rounds", "3", 3), ("generator.distillation.compile", "never", "never"),
+        ("distillation.settings.rounds", "3", 3), ("generator.distillation.flip", "False", False),
         ("sweep.alpha_f", "(0, 1, 2.5)", (0.0, 1.0, 2.5)), ("sweep.real", [10, 20], (10, 20)),
         ("distillation.pairs", "a->b,a->c", ("a->b", "a->c")), ("imagenet.classes", "cat", ("cat",)),
         ("sweep.batch_sizes", "8,16", (8, 16)), ("inversion.betas", "0.5, 1", (0.5, 1.0)),
