@@ -88,7 +88,8 @@ CPU = replace(
         warmup=20, seeds=1, eval_every=5, compare=40, pixel_batches=5),
     pruning=Pruning(
         images=256, settings=PruningSettings(step=0.05), front=(0.2, 0.5, 0.7), etas=(0.0, 0.01, 0.1),
-        distillation=replace(Pruning.distillation, updates=100, batch_size=128), seeds=1),
+        distillation=replace(Pruning.distillation, updates=100, **_SHORT | {"lr": 0.05, "muon": 0.02}),
+        seeds=1),
     continual=Continual(epochs=12, images=512, settings=ContinualSettings(updates=60), seeds=1),
     imagenet=Imagenet(
         teacher=("package:efficientnet_lite0",), images_per_class=1, comparison_stages=((200, 112),),
