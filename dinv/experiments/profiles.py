@@ -38,10 +38,10 @@ PROFILES = ("smoke", "cpu", "night", "gpu", "paper")
 SEEDED = ("octaves", "distillation", "generator", "pruning", "continual", "imagenet")  # have their own seeds
 
 # fmt: off
-# Students of some hundreds of updates, and of thousands; chosen in benchmarks/LOG.md. Strong images teach
-# more in thousands as well, but the rows of figures/night and figures/gpu were made with blends.
+# Students of some hundreds of updates, and of thousands; chosen in benchmarks/LOG.md.
 _SHORT = {"batch_size": 128, "lr": 0.2, "muon": 0.1, "temperature": 30.0, "augmentation": "strong"}
-_LONG = {"lr": 0.1, "muon": 0.05, "temperature": 30.0, "augmentation": "mixup"}
+_LONG = {"lr": 0.1, "muon": 0.05, "temperature": 30.0}
+_CARD = _LONG | {"augmentation": "mixup"}  # strong teaches more, but figures/gpu was made with blends
 GPU = replace(
     PAPER, name="gpu", images=2560, imagenet=Imagenet(transfer_images=0, seeds=1),
     teacher_training=TrainingSettings(epochs=30, batch_size=512, lr=0.4),
@@ -51,13 +51,13 @@ GPU = replace(
     sweep=Sweep(images=1024, without_batchnorm=1024),
     distillation=Distillation(
         start_images=7680,  # as on cpu, and longer
-        settings=DistillationSettings(rounds=12, updates=275, compile="never", **_LONG),
+        settings=DistillationSettings(rounds=12, updates=275, compile="never", **_CARD),
         inversion=InversionSettings(lr=0.2, schedule="cosine", flip=False, compile="never",
                                     stages=((50, 8), (50, 16), (120, 32))),  # as on cpu
         tv=0.03, alpha_c=1.0, eval_every=1),  # as on cpu
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=64, flip=False, compile="never"),
-        distillation=DistillationSettings(rounds=220, updates=20, compile="never", **_LONG),
+        distillation=DistillationSettings(rounds=220, updates=20, compile="never", **_CARD),
         warmup=20, eval_every=5, pixel_batches=5),
     pruning=Pruning(
         images=2048, settings=PruningSettings(step=0.02, multiple=8),
