@@ -151,8 +151,7 @@ def mixup(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Mixup (Zhang et al., 2018); the teacher labels the blend (Beyer et al., 2022), and a pool lasts longer.
     """
-    share = torch.rand(len(images), 1, 1, 1, generator=generator, device=generator.device)
-    return torch.lerp(images, images.roll(1, 0), sent(share, images.device))
+    return torch.lerp(images, images.roll(1, 0), _uniform(1, images, generator)[0])
 
 
 def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
