@@ -97,7 +97,7 @@ CPU = replace(
         # On the pixels the same steps end in grain and false colours: see `pyramid`, and notebook 07.
         inversion=InversionSettings(lr=0.4, octaves=5, chroma_lr=0.3, betas=(0.5, 0.9), schedule="cosine",
                                     jitter=30, stages=((800, 112), (300, 224))),
-        # Running variances between 0.05 and 566 leave the l2 distance to a few layers: see notebook 07.
+        # Layers' median variances from 0.01 to 140 leave the l2 distance to a few of them: see notebook 07.
         distance="kl", alpha_f=1.0,
         tv=3e-3, l2=1e-5),  # with the paper's 1e-4 there is coloured grain on everything
     scaling=Scaling(60, replace(Scaling.inversion, steps=40, lr=0.2, flip=False), pools=(15, 30, 60, 120)),
