@@ -31,7 +31,7 @@ FINDINGS = {
     ],
     "A student": [
         *(("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")),
-        *(("night", "04", "table1", name, SAME) for name in ("DeepInversion", "ADI", "all real")),
+        *(("night", "04", "table1", name, SAME) for name in ("DeepInversion", "ADI")),
     ],
     "Competition": [("04", "steps", "ADI above DeepInversion", pair) for pair in (SAME, TINY)],
     "A pruned": [("05", "table4", name, HALF) for name in ("no fine-tuning", "DeepInversion", "all real")],
