@@ -33,8 +33,8 @@ FINDINGS = {
         *(("04", "table1", name, SAME) for name in ("DeepDream", "DeepInversion", "teacher")),
         *(("night", "04", "table1", name, SAME) for name in ("DeepInversion", "ADI")),
     ],
-    "Competition": [("04", "steps", "ADI above DeepInversion", pair) for pair in (SAME, TINY)],
-    "A pruned": [("05", "table4", name, HALF) for name in ("no fine-tuning", "DeepInversion", "all real")],
+    "Images made": [("04", "steps", "ADI above DeepInversion", pair) for pair in (SAME, TINY)],
+    "A pruned": [("05", "table4", name, HALF) for name in ("no fine-tuning", "ADI", "all real")],
     "Old classes": [
         ("06", table, name, "mean")
         for table in ("table7", "alike")
