@@ -41,7 +41,8 @@ def settings_table(profile: Profile, *parts: str) -> pd.DataFrame:
     prefixes = tuple(f"{part}." for part in parts) or ""
     rows = [row for row in profile.table() if f"{row[0]}.".startswith(prefixes)]
     columns = ["setting", f"{profile.name} profile", "the paper", "profile paper where the paper is silent"]
-    pd.set_option("display.max_colwidth", None)  # a long setting is shown whole
+    pd.set_option("display.max_colwidth", None)  # a long setting is shown whole,
+    pd.set_option("display.max_rows", None)  # and so is a long table
     return pd.DataFrame(rows, columns=columns).set_index("setting")
 
 
