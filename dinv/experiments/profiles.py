@@ -85,7 +85,7 @@ CPU = replace(
         tv=0.03, alpha_c=30.0, competitions=(1.0, 10.0, 30.0), eval_every=1),
     generator=Generator(
         settings=GeneratorSettings(steps=5, width=16, flip=False),
-        distillation=DistillationSettings(rounds=110, updates=22, **_SHORT),
+        distillation=DistillationSettings(rounds=200, updates=22, **_SHORT),
         warmup=20, seeds=1, eval_every=5, compare=40, pixel_batches=5),
     pruning=Pruning(
         images=256, settings=PruningSettings(step=0.05), front=(0.2, 0.5, 0.7), etas=(0.0, 0.01, 0.1),
