@@ -34,7 +34,7 @@ STYLES = {  # name as shown -> colour, marker, line style
     "teacher": ("#56B4E9", "P", "-"), "verifier": ("#009E73", "v", "--"),
 }  # fmt: skip
 LABELS = {  # internal name -> name as shown
-    "real": "real images", "all real": "all real images", "1 % real": "1 % of the real images", "adi": "ADI",
+    "real": "real images", "all real": "all real images", "adi": "ADI",
     "deepdream": "DeepDream", "deepinversion": "DeepInversion", "lwf.mc": "LwF.MC", "kl": "Taylor (KL)",
 }  # fmt: skip
 KINDS = {  # what matplotlib calls a thing that is drawn -> what it is
@@ -54,10 +54,11 @@ def label(name: str) -> str:
 
 
 def styles(names: Iterable[str], points: int = 1) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line style of each name: its own, else the next that no other name here has."""
+    """Colour, marker and line style of each name: its own, else the next that none of those has."""
     own = {name: STYLES[label(name)] for name in names if label(name) in STYLES}
-    free = [color for color in OKABE_ITO if color not in {style[0] for style in own.values()}]
-    others = zip(itertools.cycle(free), itertools.cycle("o^sDvP"), itertools.cycle(("-", "--", ":", "-.")))
+    used, kinds = {*itertools.chain(*own.values())}, (OKABE_ITO, "o^sDvP", ("-", "--", ":", "-."))
+    free = ([look for look in kind if look not in used] or kind for kind in kinds)
+    others = zip(*map(itertools.cycle, free), strict=False)
     looks = {name: own.get(name) or next(others) for name in names}
     return {name: (c, m if points <= 40 else "", line) for name, (c, m, line) in looks.items()}
 
@@ -203,7 +204,7 @@ def answers(image: Tensor, says: Mapping[str, Mapping[str, float]], title: str =
 
 def progress(histories: Mapping[str, Sequence[tuple]], xlabel: str = "round", title: str = "") -> Figure:
     """Figure 4 of the paper: method -> (round, agreement on synthetic images, accuracy on real ones)."""
-    figure, axes = _panels(len(histories), 2, 2.1, sharex=True, sharey=True)
+    figure, axes = _panels(len(histories), 2, 2.1, sharey=True)
     for axis, (name, history) in zip(axes, histories.items(), strict=True):
         rounds, synthetic, real = zip(*history, strict=True)
         axis.plot(rounds, synthetic, "--", rounds, real, "-", color=styles([name])[name][0])
@@ -213,7 +214,7 @@ def progress(histories: Mapping[str, Sequence[tuple]], xlabel: str = "round", ti
 
 
 def accuracy_bars(groups, xlabel="top-1 accuracy, %", chance=0.0, title="") -> Figure:
-    """Bars: group (method) -> network -> %, one or one per seed; hatched: with real images."""
+    """Bars: group (method) -> network -> %, one or one per seed; hatched: with (old) real images."""
     bars = {(label(g), label(n)): values for g, row in groups.items() for n, values in row.items()}
     cells = [(*name, float(v)) for name, vs in bars.items() for v in np.atleast_1d(vs)]
     rows, names, values = zip(*cells, strict=True)
@@ -226,7 +227,7 @@ def accuracy_bars(groups, xlabel="top-1 accuracy, %", chance=0.0, title="") -> F
     for bar in itertools.chain(*axis.containers):
         middle, mean = bar.get_y() + bar.get_height() / 2, bar.get_width()
         axis.text(101, middle, f"{mean:.1f}", va="center", fontsize=8)
-        if "real" in order[round(middle)]:
+        if re.search("real|oracle", order[round(middle)]):
             bar.set(hatch="///", edgecolor="white", linewidth=0)
     if chance:
         looks["chance"] = (axis.axvline(chance, color=GREY, ls=":", lw=1.2).get_color(), "", ":")
@@ -245,7 +246,7 @@ def confusion(matrices: Mapping[str, Tensor], classes: Sequence[str], boundary: 
             line(boundary, color="#D55E00", lw=1)
         axis.tick_params(length=0, labelsize=8 if len(classes) <= 12 else 6)
         axis.set_title(label(name), fontsize=9)
-    return _finish(figure, "", {}, labels=("answer", "true class"))
+    return _finish(figure, "", {}, labels=("answer, % of the true class", "true class"))
 
 
 def embedding(points: Mapping[str, Tensor], real: str = "real", title: str = "") -> Figure:
@@ -306,8 +307,7 @@ def jpeg(data: bytes, quality: int = 88) -> bytes:
 
 def smaller(data: bytes) -> tuple[bytes, str]:
     """A PNG as it is or as JPEG, whichever has fewer bytes, and which it is: grain as JPEG, lines as PNG."""
-    photograph = jpeg(data)
-    return (photograph, "jpeg") if len(photograph) < len(data) else (data, "png")
+    return min((data, "png"), (jpeg(data), "jpeg"), key=lambda pair: len(pair[0]))
 
 
 def _panels(count: int, columns: int, height: float, **share) -> tuple[Figure, list[plt.Axes]]:

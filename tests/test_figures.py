@@ -70,19 +70,20 @@ def test_loss_curves_leave_out_terms_that_a_method_has_not():
 
 
 def test_accuracy_bars_show_mean_and_deviation():
-    groups = {"x": {"verifier": [40.0, 60.0]}, "all real": {"verifier": [80.0]}}
-    figure = figures.accuracy_bars(groups, chance=10)
-    bars = figure.axes[0].patches
-    assert [(bar.get_width(), bar.get_hatch()) for bar in bars] == [(50.0, None), (80.0, "///")]
-    assert texts(figure.axes[0].texts) == ["50.0", "80.0"] and texts(figure.texts)[0] == "± sd, n = 2"
-    ends = [x for line in figure.axes[0].lines for x in line.get_xdata() if x == x and x not in (10, 80)]
+    groups = {"x": [40.0, 60.0], "all real": [80.0], "oracle": [70.0]}  # an oracle has old real images
+    figure = figures.accuracy_bars({name: {"verifier": values} for name, values in groups.items()}, chance=10)
+    bars = [(bar.get_width(), bar.get_hatch()) for bar in figure.axes[0].patches]
+    assert bars == [(50.0, None), (80.0, "///"), (70.0, "///")]
+    assert texts(figure.axes[0].texts) == ["50.0", "80.0", "70.0"] and texts(figure.texts)[0] == "± sd, n = 2"
+    ends = [x for line in figure.axes[0].lines for x in line.get_xdata() if x == x and x not in (10, 80, 70)]
     assert [min(ends), max(ends)] == pytest.approx([50 - 200**0.5, 50 + 200**0.5])
 
 
 def test_a_method_looks_the_same_everywhere_and_no_two_lines_are_alike():
     names = ("a", "deepinversion", "b", "DeepDream", "teacher (resnet_small)")
     looks = figures.styles(names)
-    assert len({color for color, _, _ in looks.values()}) == 5
+    for place in range(3):  # colour, marker, line style
+        assert len({look[place] for look in looks.values()}) == (5, 5, 4)[place]
     assert looks["DeepDream"] == figures.styles(["deepdream"])["deepdream"] == figures.STYLES["DeepDream"]
     figure = figures.curve([0, 1], {name: [1, 2] for name in names}, "x", "y")
     drawn = [(line.get_color(), line.get_marker()) for line in figure.axes[0].lines]
@@ -148,7 +149,7 @@ def test_a_figure_describes_itself():
             "Bars: a; b. Axes: top-1 accuracy, %. Rows: x; real images."
         ),
         figures.confusion({"x": whole}, CLASSES, boundary=2): (
-            "Confusion matrices. Panels: x. Axes: true class against answer. "
+            "Confusion matrices. Panels: x. Axes: true class against answer, % of the true class. "
             "Rows: a; b; c; d. Columns: a; b; c; d."
         ),
         figures.embedding({"real": torch.rand(3, 2), "a": torch.rand(3, 2)}): (
