@@ -25,8 +25,11 @@ PAIRS = {
 }
 FINDINGS = {
     "One term": [
-        *(("02", "octaves", name, "verifier") for name in ("DeepDream", "DeepInversion")),
-        *(("02", "figure 3", name, "verifier") for name in ("DeepDream", "DeepInversion")),
+        *(
+            ("02", table, name, "verifier")
+            for table in ("octaves", "figure 3")
+            for name in ("DeepDream", "DeepInversion")
+        ),
         ("01", "term by term", "+ prior × 2000", "verifier"),
     ],
     "A student": [
