@@ -26,7 +26,7 @@ class Octaves:
     )
     tv: float = 0.03
     alpha_f: float = 1.0
-    dream_tv: tuple[float, ...] = (1e-3, 1e-2, 0.1)  # DeepDream's own
+    dream_tv: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)  # DeepDream's own
     seeds: int = 3
 
     @property
