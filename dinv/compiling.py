@@ -109,6 +109,10 @@ class Recorded:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         if not (self.on and inputs[0].is_cuda):
             return self.function(*inputs)
+        with torch.cuda.device(inputs[0].device):  # streams and recordings belong to the current card
+            return self._replayed(inputs)
+
+    def _replayed(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         shapes = tuple(tensor.shape for tensor in inputs)
         if shapes not in self._recordings:
             try:
@@ -116,7 +120,7 @@ class Recorded:
             except Exception as error:  # of a network that asks the card for a number, say
                 results = self.function(*inputs)  # what fails here as well is not the recording's fault
                 reason = " ".join(str(error).split())[:300]
-                warnings.warn(f"going on without a CUDA graph: {reason}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"going on without a CUDA graph: {reason}", RuntimeWarning, stacklevel=5)
                 self.on = False
                 return results
         own, graph, outputs = self._recordings[shapes]

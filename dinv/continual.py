@@ -183,7 +183,8 @@ def learn(
     network.requires_grad_(True)
     generator, device = torch.Generator().manual_seed(seed), network.mean.device
     precision = choose(settings.precision, device, network)
-    share = round(settings.batch_size * len(old.classes) / len(network.classes)) if images is not None else 0
+    share = round(settings.batch_size * len(old.classes) / len(network.classes))
+    share = min(max(1, share), settings.batch_size - 1) if images is not None else 0  # one of either at least
 
     def draw(data: Tensor, targets: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
         chosen = sent(torch.randint(len(data), (count,), generator=generator), device)

@@ -177,7 +177,7 @@ class DistillStep:
         group: Group | None = None,
     ) -> None:
         self.teacher, self.student = private(teacher).freeze(), private(student).requires_grad_(True)
-        self.temperature, self.group, self._places = temperature, group, places(student, teacher)
+        self.temperature, self.group, self.places = temperature, group, places(student, teacher) or ...
         device, compiled = teacher.mean.device, compile == "always" and group is None
         self.precision = choose(precision, device, teacher, student)
         normalise_together(self.student, group)
@@ -204,9 +204,8 @@ class DistillStep:
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(images.device, self.precision):
             with torch.no_grad():
-                teacher_logits = self.teacher(images)
+                teacher_logits = self.teacher(images)[:, self.places]
             student_logits = self.student(images)
-        teacher_logits = teacher_logits if self._places is None else teacher_logits[:, self._places]
         agreement = (student_logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
         return distillation_loss(student_logits, teacher_logits, self.temperature), agreement
 
@@ -278,15 +277,16 @@ def distill(
         checkpoint: with it, a killed distillation goes on at a later round to the same bytes.
 
     Raises:
-        ValueError: nothing to learn from; images of another shape or range; other classes or temperature.
+        ValueError: nothing to learn from; images of another shape or range; other classes; another step.
         FloatingPointError: the loss is not finite.
     """
     settings = settings or DistillationSettings()
     source = source if isinstance(source, Source) else FixedImages(source)
     _require_fitting(teacher, student, source.start)
     step = step or DistillStep(teacher, student, settings.temperature, settings.compile, settings.precision)
-    if step.temperature != settings.temperature:
-        raise ValueError(f"a step of temperature {step.temperature} for {settings.temperature}: make another")
+    precision = choose(settings.precision, teacher.mean.device, teacher, student)
+    if (own := (step.temperature, step.precision)) != (asked := (settings.temperature, precision)):
+        raise ValueError(f"a step of temperature and precision {own} for {asked}: make another")
     share(settings.batch_size, step.group)  # refused now if the processes do not divide it
     source.group, checkpoint = step.group, of_first(checkpoint, step.group)
     step.begin(teacher, student)
@@ -299,8 +299,8 @@ def distill(
             new = pool.grow(number, step.student)
         synthesised, record = time.perf_counter(), {"images": len(pool.images)}
         if len(new):
-            answers = [predict(network, new).argmax(1) for network in (step.teacher, step.student)]
-            record["fresh"] = 100 * torch.eq(*answers).float().mean().item()
+            logits = predict(step.teacher, new)[:, step.places], predict(step.student, new)
+            record["fresh"] = 100 * torch.eq(*(x.argmax(1) for x in logits)).float().mean().item()
         pairs = []
         for batch in _batches(len(new), pool.images, settings, generator):
             pairs.append(torch.stack(step(batch)))

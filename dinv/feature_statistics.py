@@ -73,12 +73,11 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 def _called(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by name; of a classifier without those that only training calls."""
+    """The modules by name; of a classifier those that eval mode calls, in the order of their calls."""
     modules = dict(model.named_modules())
     if not isinstance(model, Classifier):
         return modules
-    calls = preflight(model).calls
-    return {name: module for name, module in modules.items() if name in calls}
+    return {name: modules[name] for name in preflight(model).calls if name in modules}
 
 
 def batchnorm_statistics(model: nn.Module, copy: bool = True) -> Statistics:

@@ -27,7 +27,7 @@ from dinv.models import Classifier
 from dinv.models.classifier import Size, sides
 from dinv.objectives import Competition, Objective, Term
 from dinv.pool import Pool, batch_seed, to_uint8
-from dinv.precision import CHOICES, autocast, setting, settled
+from dinv.precision import CHOICES, autocast, own_defaults, setting, settled
 from dinv.step import Step, jittered, require_finite
 
 
@@ -118,9 +118,10 @@ class GeneratorInverter:
         seed: int = 0,
     ) -> None:
         self.teacher, self.settings = teacher, settings or GeneratorSettings()
-        self.network = create_generator(teacher, self.settings, seed)
         compiled = self.settings.compile == "always" and compiler_available(teacher.mean.device)
-        self.step = Step(teacher, objective, compiled, self.settings.precision)
+        with own_defaults(teacher.dtype):
+            self.network = create_generator(teacher, self.settings, seed)
+            self.step = Step(teacher, objective, compiled, self.settings.precision)
         self._forward = Compiled(self._images, self.network, compiled)
 
     def _images(self, latent: Tensor, labels: Tensor) -> Tensor:
@@ -268,6 +269,7 @@ class GeneratorSource(Source):
         self._weights = {name: value.clone().to(self.teacher.mean.device) for name, value in state.items()}
 
 
+@settled
 def synthesize_from(
     source: Source,
     rounds: int,

@@ -154,8 +154,8 @@ class LatencyTable:
 
     def of(self, network: nn.Module) -> float:
         """Milliseconds of `network`, the measured one with fewer channels: the sum over its convolutions."""
-        widths = {name: (c.in_channels, c.out_channels) for name, c in _convolutions(network).items()}
-        return sum(self.layers[name].at(*channels) for name, channels in widths.items())
+        named = [(name, layer) for name, layer in _convolutions(network).items() if name in self.layers]
+        return sum(self.layers[name].at(layer.in_channels, layer.out_channels) for name, layer in named)
 
     def saving(self, network: nn.Module, makers: Collection[str], consumers: Collection[str]) -> float:
         """Milliseconds saved when the layers named `makers` lose an output and `consumers` an input.

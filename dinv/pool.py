@@ -14,6 +14,7 @@ from dinv import files
 from dinv.group import Group, by_rank, of_first
 from dinv.inversion import Inverter, Progress, check_labels
 from dinv.models.classifier import resized
+from dinv.precision import settled
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Pool:
         return files.unpacked(cls, tensors, meta["pool"])
 
 
+@settled
 def synthesize(
     inverter: Inverter,
     labels: Tensor,

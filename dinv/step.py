@@ -97,6 +97,7 @@ class Step:
         return self._recorded(pixels, labels, weights)
 
     def _descent(self, pixels: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        self.features.clear()  # of a step that was interrupted
         pixels = pixels.detach().requires_grad_(True)
         total, terms = self._terms(pixels, labels, weights)
         (gradient,) = torch.autograd.grad(total, pixels)

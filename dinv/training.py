@@ -151,7 +151,11 @@ class Updates:
 
     def __iter__(self) -> Iterator[int]:
         self.model.train()
-        yield from range(len(self.history), self.rounds)
+        devices = {p.device for p in self._parameters if p.is_cuda}
+        for number in range(len(self.history), self.rounds):
+            with torch.random.fork_rng(devices):  # of what a network draws itself, such as dropout
+                torch.manual_seed(self.generator.initial_seed() + number)
+                yield number
         self.model.eval()
 
     def update(self, loss: Tensor | None = None) -> None:
@@ -217,6 +221,8 @@ def train(
         FloatingPointError: the loss is not finite.
     """
     require_trainable(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{model.name} is frozen: call .requires_grad_(True) first")
     settings, device = settings or TrainingSettings(), model.mean.device
     generator, updates = torch.Generator().manual_seed(seed), len(dataset) // settings.batch_size
     if updates == 0:

@@ -3,6 +3,7 @@
 import copy
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,9 +19,13 @@ from dinv import (
     CrossEntropy,
     Dataset,
     DistillationSettings,
+    DistillStep,
     FeatureStatistics,
+    FixedImages,
     GeneratorSettings,
+    GeneratorSource,
     InversionSettings,
+    Inverter,
     TotalVariation,
     TrainingSettings,
     balanced_labels,
@@ -32,11 +37,14 @@ from dinv import (
     invert,
     learn,
     measure_statistics,
+    synthesize,
     train,
 )
 from dinv.compiling import forward_flops
 from dinv.continual import classifier_head, joint_accuracy, old_part
 from dinv.feature_statistics import recorded
+from dinv.files import NO_CHECKPOINT, digest
+from dinv.generator import synthesize_from
 from dinv.latency import LatencyTable, latencies
 from dinv.metrics import agreement, diversity, embed
 from dinv.models import places
@@ -385,6 +393,8 @@ def test_what_the_caller_has_set_changes_nothing(around):
         extended = extend(teacher, "d")
         learn(teacher, extended, data, ContinualSettings(updates=1, batch_size=4), images=IMAGES.clone())
         made = [dreams(teacher, labels=labels).images, generate(teacher, labels, PRIOR, settings).images]
+        made.append(synthesize(Inverter(teacher, PRIOR, STEPS), labels).images)
+        made.append(synthesize_from(GeneratorSource(teacher, PRIOR, settings, batch_size=4), 1).images)
         return [*made, *student.state_dict().values(), *extended.state_dict().values()]
 
     data = some_data("abcd", first=3)
@@ -814,3 +824,109 @@ def test_global_random_numbers_are_left_alone():
     preflight(teacher)
     after = torch.rand(3), np.random.rand(3), random.random()
     assert torch.equal(expected[0], after[0]) and (expected[1] == after[1]).all() and expected[2] == after[2]
+
+
+class Dropping(Body):
+    def forward(self, x):
+        return F.dropout(self.n(x), 0.5, self.training)
+
+
+def test_a_network_that_drops_out_learns_by_the_seed_and_goes_on_to_the_same_bytes(memory):
+    settings = TrainingSettings(epochs=3, batch_size=4, pad=0)
+    rounds = DistillationSettings(rounds=3, updates=2, batch_size=4, compile="never")
+    data, teacher = some_data(), wrapped(net())
+
+    def weights(method, stopped=None):
+        student = wrapped(Dropping())
+        for _ in range(1 if stopped is None else 2):
+            torch.rand(1)  # the caller's own draws change nothing
+            try:
+                method(student, *(() if stopped is None else (stopped,)))
+            except KeyboardInterrupt:
+                student = wrapped(Dropping())
+        return torch.cat([value.flatten().float() for value in student.state_dict().values()])
+
+    def training(student, checkpoint=NO_CHECKPOINT, seed=0):
+        train(student, data, settings, seed=seed, checkpoint=checkpoint)
+
+    def distilling(student, checkpoint=NO_CHECKPOINT):
+        distill(teacher, student, IMAGES.clone(), rounds, checkpoint=checkpoint)
+
+    for method in (training, distilling):
+        torch.manual_seed(7)
+        whole, state = weights(method), torch.get_rng_state()
+        torch.manual_seed(7), torch.rand(1)
+        assert torch.equal(state, torch.get_rng_state())  # the caller's numbers are left alone
+        assert torch.equal(weights(method), whole) and torch.equal(weights(method, memory(1)), whole)
+
+
+def test_an_interrupted_step_leaves_nothing_to_the_next():
+    class Interrupting(FeatureStatistics):
+        calls = 0
+
+        def __call__(self, view):
+            Interrupting.calls += 1
+            if Interrupting.calls == 2:
+                raise KeyboardInterrupt
+            return super().__call__(view)
+
+    inverter = Inverter(wrapped(net()), PRIOR + Interrupting(), STEPS)
+    with pytest.raises(KeyboardInterrupt):
+        inverter(LABELS)
+    expected = dreams(wrapped(net())).images
+    assert torch.equal(inverter(LABELS).images, expected)
+
+
+def test_new_images_and_old_have_a_place_in_every_batch():
+    for few, many in (("abcdefghij", "k"), ("ab", "cdefghijklmnopqrstuvwxyz")):
+        old, settings = wrapped(net(len(few)), few), ContinualSettings(updates=1, batch_size=4)
+        new = some_data(few + many, first=len(few))
+        (record,) = learn(old, extend(old, list(many)), new, settings, images=IMAGES.clone())
+        assert {"old", "new"} <= set(record)
+
+
+def test_a_step_of_another_precision_is_refused():
+    teacher = wrapped(net())
+    step = DistillStep(teacher, teacher, UPDATES.temperature, "never", "bfloat16")
+    with pytest.raises(ValueError, match=r"precision \(3.0, 'bfloat16'\) for \(3.0, 'float32'\)"):
+        distill(teacher, teacher, IMAGES, replace(UPDATES, precision="float32"), step=step)
+
+
+def test_new_images_are_compared_by_the_names_of_the_classes():
+    teacher, turned = wrapped(net()), wrapped(net(), "cba")
+    for key in ("net.8.weight", "net.8.bias"):
+        turned.state_dict()[key].copy_(teacher.state_dict()[key].flip(0))
+    source, settings = FixedImages(IMAGES, start=2, batch_size=2), replace(UPDATES, rounds=2, lr=1e-9)
+
+    def watch(number, student):
+        return {"next": agreement(teacher, student, IMAGES[2:])}
+
+    before, after = distill(teacher, turned, source, settings, watch=watch).history
+    assert after["fresh"] == before["next"] == 100
+
+
+def test_what_only_training_calls_has_no_latency_and_no_place_in_the_order():
+    class Odd(Body):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.aside = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            x = self.aside(x) if self.training else x
+            return self.n(self.last(self.first(x)))
+
+    network = wrapped(Odd())
+    assert LatencyTable.measure(network, 2, 1).of(network) > 0
+    assert batchnorm_statistics(network).layers == ("net.first", "net.last", "net.n.1", "net.n.4")
+
+
+def test_a_frozen_network_cannot_be_trained():
+    with pytest.raises(ValueError, match=r"mine is frozen: call .requires_grad_\(True\) first"):
+        train(wrapped(net()).freeze(), some_data())
+
+
+def test_size_and_classes_are_part_of_a_digest():
+    networks = [wrapped(net()), wrapped(net(), "cba"), wrapped(net(), size=16)]
+    assert len({digest(network) for network in networks}) == 3
+    assert digest(networks[0]) == digest(wrapped(net()))

@@ -61,7 +61,7 @@ def test_no_module_imports_in_a_circle_or_upward():
 def test_the_package_is_small():
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
     assert not {name: count for name, count in lines.items() if count > 350}
-    assert sum(lines.values()) <= 9150
+    assert sum(lines.values()) <= 9175
     nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
     functions = [(node.name, node.args) for node in nodes if isinstance(node, ast.FunctionDef)]
     lists = [(name, [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs)]) for name, a in functions]
