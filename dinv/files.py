@@ -102,7 +102,7 @@ def _plain(value, where: str):
     if hasattr(value, "digest_parts") and not isinstance(value, type):
         return [name, _plain(value.digest_parts(), where)]
     if isinstance(value, nn.Module):
-        return [name, getattr(value, "name", ""), repr(value), _plain(dict(value.state_dict()), where)]
+        return [name, repr(value), _plain(dict(value.state_dict()), where)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.compare
