@@ -77,6 +77,8 @@ def test_accuracy_bars_show_mean_and_deviation():
     assert texts(figure.axes[0].texts) == ["50.0", "80.0", "70.0"] and texts(figure.texts)[0] == "± sd, n = 2"
     ends = [x for line in figure.axes[0].lines for x in line.get_xdata() if x == x and x not in (10, 80, 70)]
     assert [min(ends), max(ends)] == pytest.approx([50 - 200**0.5, 50 + 200**0.5])
+    figure = figures.accuracy_bars({"x": {"a": [40.0, 60.0], "b": [1.0, 2.0, 3.0]}})
+    assert texts(figure.texts)[0] == "± sd, n = 2 to 3"
 
 
 def test_a_method_looks_the_same_everywhere_and_no_two_lines_are_alike():
