@@ -232,7 +232,7 @@ def accuracy_bars(groups, xlabel="top-1 accuracy, %", chance=0.0, title="") -> F
     if chance:
         looks["chance"] = (axis.axvline(chance, color=GREY, ls=":", lw=1.2).get_color(), "", ":")
     axis.set(xlabel=xlabel, xlim=(0, 100))
-    return _finish(figure, title, looks, max(map(np.size, bars.values())))
+    return _finish(figure, title, looks, set(map(np.size, bars.values())) - {1})
 
 
 def confusion(matrices: Mapping[str, Tensor], classes: Sequence[str], boundary: int = 0) -> Figure:
@@ -326,10 +326,10 @@ def _name_cells(axis: plt.Axes, rows: Sequence[str] = (), columns: Sequence[str]
     axis.spines[:].set_visible(False)
 
 
-def _draw(axis: plt.Axes, lines: Lines, looks: Mapping[str, tuple]) -> int:
-    """Means and deviations over seeds; returns the number of seeds."""
-    seeds = max(len(np.atleast_2d(np.asarray(values))) for _, values in lines.values())
-    options = {"errorbar": "sd" if seeds > 1 else None, "err_style": "bars", "lw": 1.6, "mew": 0}
+def _draw(axis: plt.Axes, lines: Lines, looks: Mapping[str, tuple]) -> set[int]:
+    """Means and deviations over seeds; returns the numbers of seeds of lines that have several."""
+    seeds = {len(np.atleast_2d(np.asarray(values))) for _, values in lines.values()} - {1}
+    options = {"errorbar": "sd" if seeds else None, "err_style": "bars", "lw": 1.6, "mew": 0}
     for name, (x, values) in lines.items():
         places, values = np.asarray(x, float), np.atleast_2d(np.asarray(values, float))
         look = dict(zip(("color", "marker", "ls"), looks[name], strict=True))
@@ -337,13 +337,13 @@ def _draw(axis: plt.Axes, lines: Lines, looks: Mapping[str, tuple]) -> int:
     return seeds
 
 
-def _finish(figure: Figure, title: str, looks: Mapping, seeds: int = 1, labels=("", "")) -> Figure:
+def _finish(figure: Figure, title: str, looks: Mapping, seeds=frozenset(), labels=("", "")) -> Figure:
     """Title and legend above the axes, where no line can lie under them; n in the corner."""
-    names = [label(name) for name in looks] if len(looks) > 1 else []
+    names, n = [label(name) for name in looks if len(looks) > 1], " to ".join(map(str, sorted(seeds)))
     lines = [plt.Line2D([], [], color=c, marker=m, ls=ls) for c, m, ls in looks.values()][: len(names)]
     columns = max(1, min(len(names), 84 // (6 + max(map(len, names), default=0))))
     figure.legend(lines, names, title=textwrap.fill(title, 72), ncols=columns, loc="outside upper center")
-    figure.text(0.995, 0.005, f"± sd, n = {seeds}" if seeds > 1 else "", ha="right", fontsize=8)
+    figure.text(0.995, 0.005, f"± sd, n = {n}" if seeds else "", ha="right", fontsize=8)
     figure.supxlabel(labels[0], fontsize=10)
     figure.supylabel(labels[1], fontsize=10)
     sns.despine(figure)
