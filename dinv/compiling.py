@@ -109,7 +109,7 @@ class Recorded:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         if not (self.on and inputs[0].is_cuda):
             return self.function(*inputs)
-        with torch.cuda.device(inputs[0].device):  # streams and recordings belong to the current card
+        with torch.cuda.device_of(inputs[0]):  # streams and recordings belong to the current card
             return self._replayed(inputs)
 
     def _replayed(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

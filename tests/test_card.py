@@ -1,5 +1,7 @@
 """On a CUDA device, where there is one: recorded steps, equal bytes, and a host that never waits."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -28,13 +30,18 @@ class FakeCard:
 
     is_cuda, shape = True, torch.Size([2])
 
+    def get_device(self):
+        return -1  # of a computer without a card
+
 
 def test_what_cannot_be_recorded_is_called_as_it_is(monkeypatch):
-    calls = []
+    calls, cards = [], []
     recorded = Recorded(lambda x: (calls.append(x),), list)
     monkeypatch.setattr(recorded, "_record", lambda inputs: 1 / 0)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: cards.append(x) or nullcontext())
     with pytest.warns(RuntimeWarning, match="going on without a CUDA graph: division by zero"):
         recorded(FakeCard())
+    assert cards == calls  # a recording belongs to the card of its inputs, not to the current one
     recorded(FakeCard())
     assert len(calls) == 2 and not recorded.on
 
