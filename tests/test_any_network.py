@@ -846,8 +846,8 @@ def test_a_network_that_drops_out_learns_by_the_seed_and_goes_on_to_the_same_byt
                 student = wrapped(Dropping())
         return torch.cat([value.flatten().float() for value in student.state_dict().values()])
 
-    def training(student, checkpoint=NO_CHECKPOINT, seed=0):
-        train(student, data, settings, seed=seed, checkpoint=checkpoint)
+    def training(student, checkpoint=NO_CHECKPOINT):
+        train(student, data, settings, checkpoint=checkpoint)
 
     def distilling(student, checkpoint=NO_CHECKPOINT):
         distill(teacher, student, IMAGES.clone(), rounds, checkpoint=checkpoint)

@@ -58,9 +58,10 @@ def test_memory_grows_with_the_batch_and_not_with_the_batches():
         arguments = load_model("resnet_digits"), OBJECTIVE, SETTINGS, balanced_labels(images, 10), batch_size
         return processes(1, pool_cost, *arguments)[0]
 
-    (_, one), (_, many), (seconds, large) = cost(1000, 1000), cost(4000, 1000), cost(4000, 4000)
+    (_, one), (seconds, large) = cost(1000, 1000), cost(4000, 4000)
+    many = min(cost(4000, 1000)[1] for _ in range(2))  # a peak may have something of the moment on top
     assert seconds > 0 and one > 25
-    assert many < 1.6 * one and 3 * one < large < 5 * one  # peaks: other work moves them by a third
+    assert many < 1.3 * one and 3 * one < large < 5 * one
 
 
 def test_each_to_itself_differs_by_the_statistics_alone():
